@@ -1,0 +1,10 @@
+"""The one exception for mistakes that a person can mend."""
+
+
+class UserError(Exception):
+    """Something the user asked for cannot be done.
+
+    The message is one paragraph: what is wrong, with the value; where; what to do next. The command
+    line prints it without a traceback and exits with code 2. It lives in `pipelines` because that is
+    the lowest layer; `trainer` and `cluster` raise the same class.
+    """

@@ -1,0 +1,167 @@
+"""Batches for one rank: the plan says which samples, the geometry how each is read, the graph reads them."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipelines import graph
+from pipelines.errors import UserError
+from pipelines.geometry import UNIFORMS, Augment, Draws, compose, draw
+from pipelines.manifest import Samples
+from pipelines.plan import Plan, rank_slice, uniforms
+
+HALF = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One rank's part of a global batch, on the loader's device."""
+
+    step: int
+    """Global batch within the epoch."""
+    images_NCHW: torch.Tensor
+    """Normalised images, in channels_last memory order."""
+    labels_N: torch.Tensor
+    """Class indices, int64."""
+    ids_N: torch.Tensor
+    """Row numbers in the manifest, int64, always on the CPU."""
+
+
+class Loader:
+    """Reads any epoch of a set of samples, from any step, for one rank.
+
+    Args:
+        samples: one split of a manifest.
+        size: height and width of the images, pixels.
+        global_batch: samples in a step over all ranks.
+        seed: seed of order and augmentation.
+        rank, world_size: which slice of each global batch this loader reads.
+        augment: training augmentation; `None` reads the centred square, in the order of the samples, to the last one.
+        device: "cpu" or "gpu".
+        device_id: index of the GPU, with `device="gpu"`.
+        threads: CPU threads that read and decode.
+        mean, std: of the model's training data, for values in [0, 1].
+        half: float16 images instead of float32.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        *,
+        size: int,
+        global_batch: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        augment: Augment | None = None,
+        device: graph.Device = "cpu",
+        device_id: int = 0,
+        threads: int = 2,
+        mean: tuple[float, ...] = HALF,
+        std: tuple[float, ...] = HALF,
+        half: bool = False,
+    ) -> None:
+        training = augment is not None
+        if training and global_batch > len(samples):
+            raise UserError(
+                f"The batch of {global_batch} is larger than the {len(samples)} training images. "
+                f"Choose --batch {max(1, len(samples) // 4)} or less."
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} of a world of {world_size}")
+        if training and global_batch < world_size:
+            raise UserError(
+                f"A global batch of {global_batch} leaves some of the {world_size} workers without an image. "
+                f"Choose a batch of at least {world_size}, or fewer workers."
+            )
+        self.samples, self.size, self.augment, self.seed = samples, size, augment, seed
+        self._options: dict[str, Any] = {
+            "size": size,
+            "device": device,
+            "device_id": device_id,
+            "threads": threads,
+            "mean": mean,
+            "std": std,
+        }
+        self.rank, self.world_size = rank, world_size
+        self.plan = Plan(n=len(samples), global_batch=global_batch, seed=seed, shuffle=training, drop_last=training)
+        self._device = torch.device("cuda", device_id) if device == "gpu" else torch.device("cpu")
+        self._graph_options: dict[str, Any] = {
+            "size": size,
+            "batch": -(-global_batch // world_size),
+            "device": device,
+            "device_id": device_id,
+            "threads": threads,
+            "half": half,
+        }
+        self._mean_3, self._std_3 = np.asarray(mean, np.float64), np.asarray(std, np.float64)
+        self._root = os.fsencode(samples.root)
+
+    @property
+    def steps(self) -> int:
+        """Global batches in an epoch."""
+        return self.plan.steps
+
+    def draws(self, epoch: int, positions_N: np.ndarray) -> Draws:
+        """The random parameters of the samples at `positions_N` in `epoch`."""
+        ids_N = self.samples.ids_N[positions_N]
+        return draw(self.augment, uniforms(self.seed, epoch, ids_N, UNIFORMS))
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """This rank's batches of `epoch` from `start_step` on; closing the iterator early is free of side effects."""
+        ahead: deque[tuple[int, np.ndarray]] = deque()  # what the graph has been given and not yet returned
+
+        def source() -> Iterator[graph.GraphInput]:
+            for step in range(start_step, self.steps):
+                positions_N = rank_slice(self.plan.batch(epoch, step), self.rank, self.world_size)
+                if len(positions_N) == 0:  # the tail of a validation set may be smaller than the world
+                    continue
+                ahead.append((step, positions_N))
+                yield self._graph_input(epoch, positions_N)
+
+        # A pipeline is cheap to build (tens of milliseconds) and one that is not reused has nothing to reset.
+        pipeline = graph.build(source(), **self._graph_options)
+        while True:
+            try:
+                (images,) = pipeline.run()
+            except StopIteration:
+                return
+            step, positions_N = ahead.popleft()
+            images_NHWC = torch.from_dlpack(images.as_tensor())
+            yield Batch(
+                step=step,
+                images_NCHW=images_NHWC.permute(0, 3, 1, 2),  # the memory stays NHWC: torch's channels_last
+                labels_N=torch.from_numpy(self.samples.labels_N[positions_N]).to(self._device, non_blocking=True),
+                ids_N=torch.from_numpy(self.samples.ids_N[positions_N]),
+            )
+
+    def alone(self, samples: Samples) -> Loader:
+        """A loader that reads `samples` by validation geometry, on one rank, in one batch."""
+        return Loader(samples, global_batch=len(samples), **self._options)
+
+    def pictures(self, batch: Batch) -> np.ndarray:
+        """The images of a batch as a person sees them, uint8 [N, H, W, 3]."""
+        images_NHWC = batch.images_NCHW.permute(0, 2, 3, 1).float().cpu().numpy()
+        return (255 * (images_NHWC * self._std_3 + self._mean_3)).round().clip(0, 255).astype(np.uint8)
+
+    def _graph_input(self, epoch: int, positions_N: np.ndarray) -> graph.GraphInput:
+        draws = self.draws(epoch, positions_N)
+        matrix_N33 = compose(draws, self.samples.heights_N[positions_N], self.samples.widths_N[positions_N], self.size)
+        # normalised = (((x / 255 - 0.5) * contrast + 0.5 + brightness) - mean) / std = (x - shift) / scale
+        contrast_N1, brightness_N1 = draws.contrast_N[:, None], draws.brightness_N[:, None]
+        scale_N3 = 255.0 * self._std_3 / contrast_N1
+        shift_N3 = 255.0 * (0.5 + (self._mean_3 - 0.5 - brightness_N1) / contrast_N1)
+        paths = [self._root + b"/" + os.fsencode(self.samples.paths[i]) for i in positions_N]
+        return (
+            [np.frombuffer(path, np.uint8) for path in paths],
+            matrix_N33.astype(np.float32),
+            shift_N3.astype(np.float32),
+            scale_N3.astype(np.float32),
+        )

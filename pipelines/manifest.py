@@ -1,0 +1,318 @@
+"""Every usable image of a folder with its label, split and size, and the unusable ones with a reason.
+
+files --> listing --> labels --> firewall --> split --> manifest (Parquet)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.errors import UserError
+from pipelines.firewall import Decoded, examine
+from pipelines.labels import Labels, SplitFrom, digest_now, read_labels
+
+_VERSION = 1  # of the Parquet layout
+_SPLIT_STREAM = 2**63  # an epoch, to the generator: none that the order of training ever reaches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quarantined:
+    """A file that is kept out of training."""
+
+    path: str
+    """Relative to the root; names that are not UTF-8 hold surrogate escapes."""
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Samples:
+    """The images of one part of the split, as aligned arrays."""
+
+    root: Path
+    """Absolute."""
+    classes: tuple[str, ...]
+    """The name of each label."""
+    paths: tuple[str, ...]
+    """Relative to the root; names that are not UTF-8 hold surrogate escapes, as from `os.fsdecode`."""
+    labels_N: np.ndarray
+    """int64 index into `classes`."""
+    heights_N: np.ndarray
+    """int32, pixels as displayed: the EXIF orientation is applied."""
+    widths_N: np.ndarray
+    """int32, likewise."""
+    ids_N: np.ndarray
+    """int64 row number in the manifest: unique over training and validation."""
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def subset(self, index: np.ndarray | Sequence[int] | slice) -> Samples:
+        """The samples at `index`, whatever indexes a NumPy array; classes, labels and ids stay the same."""
+        return replace(
+            self,
+            paths=tuple(self.paths[i] for i in np.arange(len(self))[index]),
+            labels_N=self.labels_N[index],
+            heights_N=self.heights_N[index],
+            widths_N=self.widths_N[index],
+            ids_N=self.ids_N[index],
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Manifest:
+    """All usable images of a folder, in the order of their paths, as aligned arrays."""
+
+    root: Path
+    """Absolute."""
+    classes: tuple[str, ...]
+    """Sorted."""
+    paths: tuple[str, ...]
+    """Relative to the root; see `Samples.paths`."""
+    labels_N: np.ndarray
+    """int64 index into `classes`."""
+    valid_N: np.ndarray
+    """bool: the image is for validation."""
+    heights_N: np.ndarray
+    """int32, pixels as displayed."""
+    widths_N: np.ndarray
+    """int32, pixels as displayed."""
+    formats: tuple[str, ...]
+    """By content: JPEG, PNG, WEBP, BMP or TIFF."""
+    bytes_N: np.ndarray
+    """int64, size of the file."""
+    mtimes_N: np.ndarray
+    """int64, time of the file's last modification, ns."""
+    quarantine: tuple[Quarantined, ...]
+    """In the order of their paths."""
+    notes: tuple[str, ...]
+    """What the user should know, in words."""
+    split_from: SplitFrom
+    """Where the split into training and validation comes from."""
+    table: Path | None
+    """The table that the labels come from."""
+    digest: str
+    """See `is_current`."""
+
+    @cached_property
+    def train(self) -> Samples:
+        """What is learned from; not empty."""
+        return self._samples().subset(np.flatnonzero(~self.valid_N))
+
+    @cached_property
+    def valid(self) -> Samples:
+        """What is measured on; not empty."""
+        return self._samples().subset(np.flatnonzero(self.valid_N))
+
+    def _samples(self) -> Samples:
+        return Samples(
+            root=self.root,
+            classes=self.classes,
+            paths=self.paths,
+            labels_N=self.labels_N,
+            heights_N=self.heights_N,
+            widths_N=self.widths_N,
+            ids_N=np.arange(len(self.paths)),
+        )
+
+    def is_current(self) -> bool:
+        """Whether a new scan with the same options would see the same files: none opened, all looked at.
+
+        False when an image appeared, vanished or has another size or time of modification, the quarantined
+        ones and those left alone included, or when the table says something else.
+        """
+        try:
+            return digest_now(self.root, self.table) == self.digest
+        except UserError:
+            return False
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write a Parquet file, whole or not at all: a reader never sees half of it.
+
+        One row for each image (path as bytes, since names need not be UTF-8); the rest is JSON in the
+        schema's metadata, under the key `onewarp`.
+        """
+        meta = {
+            "version": _VERSION,
+            "root": str(self.root),
+            "classes": self.classes,
+            "quarantine": [(bad.path, bad.reason) for bad in self.quarantine],
+            "notes": self.notes,
+            "split_from": self.split_from,
+            "table": self.table and str(self.table),
+            "digest": self.digest,
+        }
+        table = pa.table(
+            {
+                "path": pa.array([os.fsencode(name) for name in self.paths], pa.binary()),
+                "label": pa.array(self.classes).take(pa.array(self.labels_N)),
+                "split": pa.array(np.where(self.valid_N, "valid", "train")),
+                "height": self.heights_N,
+                "width": self.widths_N,
+                "bytes": self.bytes_N,
+                "mtime_ns": self.mtimes_N,
+                "format": pa.array(self.formats),
+            },
+            metadata={"onewarp": json.dumps(meta)},
+        )
+        temporary = f"{os.fspath(path)}.{uuid.uuid4().hex}.tmp"
+        try:
+            pq.write_table(table, temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @staticmethod
+    def read(path: str | os.PathLike[str]) -> Manifest:
+        """Read what `write` wrote.
+
+        Raises:
+            UserError: the file is missing, damaged, or no manifest of this version.
+        """
+        try:
+            table = pq.read_table(path)
+            meta = json.loads((table.schema.metadata or {})[b"onewarp"])
+        except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+            words = str(error).splitlines()[0]
+            raise UserError(f"{os.fspath(path)!r} is no manifest: {words}. Scan the images again.") from None
+        if meta["version"] != _VERSION:
+            raise UserError(f"The manifest {os.fspath(path)!r} is of another version. Scan the images again.")
+        label_of = {name: label for label, name in enumerate(meta["classes"])}
+        return Manifest(
+            root=Path(meta["root"]),
+            classes=tuple(meta["classes"]),
+            paths=tuple(os.fsdecode(name) for name in table["path"].to_pylist()),
+            labels_N=np.array([label_of[name] for name in table["label"].to_pylist()], np.int64),
+            valid_N=np.array(table["split"].to_pylist()) == "valid",
+            heights_N=table["height"].to_numpy(),
+            widths_N=table["width"].to_numpy(),
+            formats=tuple(table["format"].to_pylist()),
+            bytes_N=table["bytes"].to_numpy(),
+            mtimes_N=table["mtime_ns"].to_numpy(),
+            quarantine=tuple(Quarantined(path=name, reason=reason) for name, reason in meta["quarantine"]),
+            notes=tuple(meta["notes"]),
+            split_from=meta["split_from"],
+            table=meta["table"] and Path(meta["table"]),
+            digest=meta["digest"],
+        )
+
+
+def scan(
+    root: str | os.PathLike[str],
+    *,
+    labels: Labels = "folder",
+    valid_fraction: float = 0.2,
+    split_seed: int = 42,
+    threads: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> Manifest:
+    """List, label and decode every image of a folder.
+
+    Args:
+        root: the folder. Where it holds train/ and one of valid/, validation/ and val/, those are the split.
+        labels: "folder" takes the first folder below the root, or below train/ and so on, as the class.
+        valid_fraction: share of the images to draw for validation where neither folders nor a table say.
+        split_seed: seed of that draw, which also depends on the number of usable images.
+        threads: threads to decode with.
+        progress: called with (files decoded, files in all) now and then.
+
+    Raises:
+        UserError: the folder, the labels or the split cannot be used as they are.
+    """
+    folder = Path(os.path.abspath(root))
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise UserError(f"The image folder {str(folder)!r} {what}. Give the folder that holds the images.")
+    if not 0 < valid_fraction < 1:
+        raise UserError(f"valid_fraction is {valid_fraction}; it must lie between 0 and 1, both excluded.")
+    labelling = read_labels(folder, labels)
+    # Before the files are decoded, which takes long, and again after, with what is left of them.
+    _check_split(
+        [file.label for file in labelling.files],
+        [file.valid for file in labelling.files],
+        labelling.split_from,
+    )
+
+    verdicts = examine([str(folder / file.path) for file in labelling.files], threads=threads, progress=progress)
+    pairs = list(zip(labelling.files, verdicts, strict=True))
+    usable = [(file, verdict) for file, verdict in pairs if isinstance(verdict, Decoded)]
+    rejected = labelling.rejected | {file.path: verdict for file, verdict in pairs if isinstance(verdict, str)}
+    quarantine = tuple(Quarantined(path=path, reason=why) for path, why in sorted(rejected.items()))
+    if not usable:
+        first = f"{quarantine[0].path!r}: {quarantine[0].reason}"
+        raise UserError(f"None of the {len(pairs)} images in {str(folder)!r} is usable; {first}. Mend or replace them.")
+
+    names = [file.label for file, _ in usable]
+    if labelling.split_from == "random":
+        valid_N = _draw(len(usable), valid_fraction, split_seed)
+    else:
+        valid_N = np.array([bool(file.valid) for file, _ in usable])
+    _check_split(names, valid_N.tolist(), labelling.split_from)
+    classes = tuple(sorted(set(names)))
+    lost = sorted({file.label for file in labelling.files} - set(names))
+    notes = [*labelling.notes, *(f"the class {name!r} has no usable image and was left out" for name in lost)]
+    label_of = {name: label for label, name in enumerate(classes)}
+    return Manifest(
+        root=folder,
+        classes=classes,
+        paths=tuple(file.path for file, _ in usable),
+        labels_N=np.array([label_of[name] for name in names], np.int64),
+        valid_N=valid_N,
+        heights_N=np.array([decoded.height for _, decoded in usable], np.int32),
+        widths_N=np.array([decoded.width for _, decoded in usable], np.int32),
+        formats=tuple(decoded.format for _, decoded in usable),
+        bytes_N=np.array([file.found.bytes for file, _ in usable], np.int64),
+        mtimes_N=np.array([file.found.mtime_ns for file, _ in usable], np.int64),
+        quarantine=quarantine,
+        notes=tuple(notes),
+        split_from=labelling.split_from,
+        table=labelling.table,
+        digest=labelling.digest,
+    )
+
+
+def _draw(n: int, fraction: float, seed: int) -> np.ndarray:
+    """Which of `n` images are for validation, bool [n]: about `fraction` of them, at least one, not all."""
+    # The raw stream of a NumPy bit generator never changes between versions; `Generator.permutation` may.
+    key = np.array([seed & (2**64 - 1), _SPLIT_STREAM], np.uint64)
+    order = np.argsort(np.random.Philox(key=key).random_raw(n), kind="stable")
+    valid_N = np.zeros(n, bool)
+    valid_N[order[: min(max(round(n * fraction), 1), n - 1)]] = True
+    return valid_N
+
+
+def _check_split(names: Sequence[str], valid: Sequence[bool | None], split_from: SplitFrom) -> None:
+    """Raise unless there are two classes, and images of known classes in both parts of the split.
+
+    `valid` holds None where the split is yet to be drawn.
+    """
+    if len(set(names)) < 2:
+        raise UserError(
+            f"There is only one class, {names[0]!r}, and it takes two or more to tell apart. Check where the "
+            "labels come from."
+        )
+    if None in valid:
+        return
+    trained, validated = (
+        {name for name, is_valid in zip(names, valid, strict=True) if is_valid == part} for part in (False, True)
+    )
+    for part, classes in (("training", trained), ("validation", validated)):
+        if not classes:
+            raise UserError(f"The split ({split_from}) leaves no usable image for {part}. Give that part at least one.")
+    unseen = sorted(validated - trained)
+    if unseen:
+        cause = "the draw left them no training image; add images, or try another split_seed"
+        if split_from != "random":
+            cause = "they have no training image; add some, correct the spelling, or take those images out"
+        some = ", ".join(map(repr, unseen[:5])) + (", ..." if len(unseen) > 5 else "")
+        raise UserError(f"Validation has classes that training never sees ({some}): {cause}.")
