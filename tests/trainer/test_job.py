@@ -1,0 +1,173 @@
+"""Whole jobs in one process: what they leave, how they go on, and what they say to mistakes."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from pipelines.errors import UserError
+from tests.trainer.conftest import PLAIN
+from trainer import TrainConfig, fine_tune, lr_find
+from trainer.job import summary
+from trainer.journal import read
+from trainer.ranks import Ranks
+from trainer.worker import run
+
+
+def config(small_set, tmp_path, **settings):
+    return TrainConfig.from_dict(
+        {**PLAIN, "data": str(small_set), "runs": str(tmp_path), "workers": 0, "name": "run", **settings}
+    )
+
+
+def test_a_job_leaves_everything_it_promises(small_set, tmp_path, quiet):
+    settings = {"model": "resnet18", "head": "fastai", "epochs": 1, "lr_find_steps": 12, "wandb": "offline"}
+    wanted = config(small_set, tmp_path, **settings)
+    result = fine_tune(wanted, quiet)
+    assert result.folder == tmp_path / "run"
+    for name in ("lr_find", "show_batch", "confusion", "top_losses"):
+        with Image.open(result.folder / f"{name}.png") as image:
+            assert min(image.size) > 200
+    names = {path.name for path in result.folder.iterdir()}
+    assert {
+        "config.json",
+        "journal.jsonl",
+        "manifest.parquet",
+        "model.safetensors",
+        "checkpoints",
+        "wandb",
+    } <= names
+    assert len(list(result.folder.glob("wandb/offline-run-*/run-*.wandb"))) == 1
+    kinds = [event["event"] for event in read(result.folder / "journal.jsonl")]
+    assert kinds[0] == "run"
+    assert kinds[-1] == "finished"
+    assert kinds.count("step") == 2 * (53 // 8)
+    assert kinds.count("epoch") == kinds.count("checkpoint") == 2
+    assert 0 <= result.error_rate <= 1
+    summary(result, wanted, quiet)
+    told = quiet.file.getvalue()
+    assert "53 to train, 23 to validate" in told
+    assert "the last 5 images of each epoch's order are dropped" in told
+    assert f"error rate  {result.error_rate:.4f}" in told
+    assert "--weights" in told
+
+
+def test_a_run_that_stopped_goes_on_to_the_same_weights_to_the_bit(prepared, copies):
+    settings = {
+        "model": "resnet18",
+        "head": "fastai",
+        "epochs": 2,
+        "freeze_epochs": 2,
+        "lr": 1e-3,
+        "size": 32,
+    }
+    undisturbed = prepared("undisturbed", **settings)
+    for stop_after in (1, 2, 3):
+        stopped = copies(undisturbed, f"stopped{stop_after}")
+
+        def stop(metrics, epochs=iter(range(1, 5)), after=stop_after):  # noqa: B008
+            if next(epochs) == after:
+                raise InterruptedError
+
+        with pytest.raises(InterruptedError):
+            run(stopped, "train", Ranks(), report=stop)
+        run(stopped, "train", Ranks())
+    run(undisturbed, "train", Ranks())
+    expected = safetensors.torch.load_file(undisturbed / "model.safetensors")
+    for stop_after in (1, 2, 3):
+        stopped = undisturbed.with_name(f"stopped{stop_after}")
+        ours = safetensors.torch.load_file(stopped / "model.safetensors")
+        assert all(torch.equal(ours[name], expected[name]) for name in expected)
+        steps = [event["step"] for event in read(stopped / "journal.jsonl") if event["event"] == "step"]
+        assert steps == list(range(4 * 6))
+
+
+def test_a_finished_run_is_not_run_again_and_another_configuration_is_refused(small_set, tmp_path, quiet):
+    wanted = config(small_set, tmp_path, epochs=1, freeze_epochs=0, lr=1e-3)
+    first = fine_tune(wanted, quiet)
+    before = (tmp_path / "run/journal.jsonl").read_bytes()
+    again = fine_tune(wanted, quiet)
+    assert again.error_rate == first.error_rate
+    assert (tmp_path / "run/journal.jsonl").read_bytes() == before
+    with pytest.raises(UserError, match="exists with another configuration: --lr was 0.001 and is now 0.002"):
+        fine_tune(config(small_set, tmp_path, epochs=1, freeze_epochs=0, lr=2e-3), quiet)
+
+
+def test_lr_find_alone(small_set, tmp_path, quiet):
+    found = lr_find(config(small_set, tmp_path, lr_find_steps=12), quiet)
+    assert len(found.lrs) == len(found.losses) > 5
+    assert (found.folder / "lr_find.png").exists()
+
+
+def test_files_that_cannot_be_read_are_named_and_left_out(small_set, tmp_path, quiet):
+    data = shutil.copytree(small_set, tmp_path / "data")
+    (data / "train/class0/broken.jpg").write_bytes((data / "train/class0/000.jpg").read_bytes()[:700])
+    (data / "valid/class1/empty.jpg").touch()
+    result = fine_tune(config(data, tmp_path, epochs=1, freeze_epochs=0, lr=1e-3), quiet)
+    told = quiet.file.getvalue()
+    assert result.quarantine == 2
+    assert "train/class0/broken.jpg" in told
+    assert "valid/class1/empty.jpg" in told
+    quarantine = (result.folder / "quarantine.txt").read_text()
+    assert "train/class0/broken.jpg" in quarantine
+    assert "valid/class1/empty.jpg" in quarantine
+
+
+def test_a_loss_that_is_no_number_stops_the_run_in_words(prepared):
+    path = prepared("run", epochs=1, freeze_epochs=0, lr=1e30)
+    with pytest.raises(UserError, match=r"The loss became .* at step \d of epoch 0.*Lower --lr"):
+        run(path, "train", Ranks())
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"size": 8}, "--size is 8; it must be between 32 and 1024 pixels"),
+        ({"size": 4000}, "--size is 4000"),
+        ({"batch": 54}, "--batch 54 is larger than the 53 training images"),
+        ({"model": "resnet43"}, "unknown to torchvision and to timm"),
+        ({"data": "/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"weights": "absent.pth"}, "no such file"),
+        ({"epochs": 0, "freeze_epochs": 0}, "--epochs is 0"),
+        ({"label_regex": "(.+)_nothing"}, "matches"),
+        ({"label_csv": "absent.csv"}, "absent.csv"),
+        ({"lr": -1}, "--lr is -1"),
+        ({"name": "../escape"}, "plain folder name"),
+        ({"colour": "red"}, "Unknown setting 'colour'"),
+    ],
+)
+def test_mistakes_are_answered_in_one_paragraph(small_set, tmp_path, quiet, settings, words):
+    with pytest.raises(UserError, match=words) as caught:
+        fine_tune(config(small_set, tmp_path, **settings), quiet)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_worker_runs_a_configuration_file_in_one_process(small_set, tmp_path):
+    settings = {
+        **PLAIN,
+        "data": str(small_set),
+        "runs": str(tmp_path),
+        "name": "run",
+        "epochs": 1,
+        "lr": 1e-3,
+    }
+    (tmp_path / "run.json").write_text(json.dumps({**settings, "freeze_epochs": 0}))
+    command = [sys.executable, "-m", "trainer.worker", "--config", str(tmp_path / "run.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert read(tmp_path / "run/journal.jsonl")[-1]["event"] == "finished"
+
+
+def test_dropout_differs_by_step_and_rank():
+    from trainer.loop import dropout_seed
+
+    seeds = [dropout_seed(0, e, s, r) for e in range(5) for s in range(20) for r in range(4)]
+    assert len(set(seeds)) == len(seeds)
+    assert np.all(np.array(seeds) < 2**63)

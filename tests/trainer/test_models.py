@@ -1,0 +1,135 @@
+"""Bodies, heads, layer groups, and whether weights fit."""
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from torch import nn
+
+from pipelines.errors import UserError
+from trainer import models, optim, weights
+
+BODIES = ["resnet18", "resnet34", "mobilenet_v3_small", "densenet121", "efficientnet_b0", "vgg11_bn"]
+BODIES += ["tf_efficientnet_lite0", "convnext_atto", "timm_resnet"]
+
+
+def build(name, **options):
+    name = {"timm_resnet": "resnet14t"}.get(name, name)
+    return models.build(name, **{"head": "fastai", "classes": 5, **options})
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_layer_groups_are_a_partition_and_the_model_gives_logits(name):
+    model = build(name)
+    groups = models.layer_groups(model)
+    ids = [id(parameter) for group in groups for parameter in group]
+    assert len(ids) == len(set(ids)) == len(list(model.parameters()))
+    assert all(groups)
+    assert model(torch.zeros(2, 3, 96, 96)).shape == (2, 5)
+
+
+def test_a_resnet_is_cut_where_fastai_cuts_it():
+    model = build("resnet34")
+    early, late, head = models.layer_groups(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {names[id(p)].split(".")[1] for p in early} == {"conv1", "bn1", "layer1", "layer2"}
+    assert {names[id(p)].split(".")[1] for p in late} == {"layer3", "layer4"}
+    assert {names[id(p)].split(".")[0] for p in head} == {"head"}
+
+
+def test_a_parameter_outside_the_groups_is_named():
+    model = build("resnet18")
+    groups = models.layer_groups(model)
+    with pytest.raises(UserError, match=r"head\.7\.weight lies in 0"):
+        models.check_partition(model, [groups[0], groups[1], groups[2][:-1]])
+    with pytest.raises(UserError, match=r"body\.conv1\.weight lies in 2"):
+        models.check_partition(model, [groups[0], [*groups[1], groups[0][0]], groups[2]])
+
+
+def test_the_head_is_fastais():
+    kinds = [type(module).__name__ for module in build("resnet18").head]
+    assert kinds == ["ConcatPool", "BatchNorm1d", "Dropout", "Linear", "ReLU", "BatchNorm1d", "Dropout", "Linear"]
+    features_NFHW = torch.randn(2, 3, 4, 5)
+    expected = torch.cat(
+        [nn.AdaptiveMaxPool2d(1)(features_NFHW), nn.AdaptiveAvgPool2d(1)(features_NFHW)], dim=1
+    ).flatten(1)
+    assert torch.allclose(models.ConcatPool()(features_NFHW), expected)
+
+
+def test_freezing_leaves_head_and_norms():
+    model = build("resnet18")
+    models.freeze_body(model, True)
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert "body.conv1.weight" not in learning
+    assert {"body.bn1.weight", "body.layer4.1.bn2.bias", "head.3.weight"} <= learning
+    models.freeze_body(model, False)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_norms_and_biases_are_not_decayed():
+    model = build("convnext_atto")
+    optimizer = optim.build(model, 0.1)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    named = dict(model.named_parameters())
+    assert len(decay) == len(named)
+    for name, parameter in named.items():
+        norm_or_bias = name.endswith("bias") or ".norm" in name or "gamma" in name or parameter.ndim <= 1
+        assert decay[id(parameter)] == (0.0 if norm_or_bias else 0.1), name
+    optim.set_hyper(optimizer, [1.0, 2.0, 3.0], 0.9)
+    assert {group["layer_group"]: group["lr"] for group in optimizer.param_groups} == {0: 1.0, 1: 2.0, 2: 3.0}
+
+
+def test_the_packaged_weights_are_the_published_ones():
+    """The body with its weights computes what timm's whole model computes with the same tensors."""
+    model = build("tf_efficientnet_lite0")
+    assert weights.load(model, "tf_efficientnet_lite0", pretrained=True, weights=None).startswith("package")
+    whole = timm.create_model("tf_efficientnet_lite0")
+    state = torch.load(weights.packaged("tf_efficientnet_lite0"), weights_only=True)
+    whole.load_state_dict(dict(zip(whole.state_dict(), state.values(), strict=True)))
+    images_NCHW = torch.randn(2, 3, 96, 96)
+    with torch.inference_mode():
+        assert torch.equal(model.body.eval()(images_NCHW), whole.eval().forward_features(images_NCHW))
+    assert models.statistics("tf_efficientnet_lite0").mean == (0.5, 0.5, 0.5)
+    assert models.statistics("resnet34").mean == (0.485, 0.456, 0.406)
+
+
+def test_weights_of_an_earlier_run_and_of_a_plain_body_load(tmp_path):
+    first, second = build("resnet18"), build("resnet18")
+    safetensors.torch.save_file(first.state_dict(), tmp_path / "run.safetensors")
+    weights.load(second, "resnet18", pretrained=True, weights=tmp_path / "run.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    torch.save({"state_dict": {f"module.{k}": v for k, v in first.body.state_dict().items()}}, tmp_path / "body.pth")
+    third = build("resnet18")
+    weights.load(third, "resnet18", pretrained=True, weights=tmp_path / "body.pth")
+    assert torch.equal(third.body.conv1.weight, first.body.conv1.weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("resnet43", "unknown to torchvision and to timm.*Similar names: .*resnet"),
+        ("qqq", "unknown"),
+        ("vit_b_16", "not a convolutional classifier"),
+        ("swin_tiny_patch4_window7_224", "not a convolutional classifier"),
+    ],
+)
+def test_models_that_cannot_be_used_are_named(name, words):
+    with pytest.raises(UserError, match=words):
+        models.build(name, head="fastai", classes=3)
+
+
+def test_weights_that_do_not_fit_name_the_tensors(tmp_path):
+    safetensors.torch.save_file(build("resnet34").body.state_dict(), tmp_path / "resnet34.safetensors")
+    safetensors.torch.save_file(build("resnet18").state_dict(), tmp_path / "run.safetensors")
+    (tmp_path / "text.pth").write_text("no weights")
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    with pytest.raises(UserError, match=r"do not fit.*features\.0\.0\.weight \(16, 3, 3, 3\) is missing"):
+        weights.load(build("mobilenet_v3_small"), "", pretrained=True, weights=tmp_path / "resnet34.safetensors")
+    with pytest.raises(UserError, match=r"head\.7\.weight is \(5, 512\) and should be \(9, 512\)"):
+        weights.load(build("resnet18", classes=9), "", pretrained=True, weights=tmp_path / "run.safetensors")
+    with pytest.raises(UserError, match="cannot be read as weights"):
+        weights.load(build("resnet18"), "", pretrained=True, weights=tmp_path / "text.pth")
+    with pytest.raises(UserError, match="holds no state dict"):
+        weights.load(build("resnet18"), "", pretrained=True, weights=tmp_path / "list.pth")
+    with pytest.raises(UserError, match="no such file"):
+        weights.load(build("resnet18"), "", pretrained=True, weights=tmp_path / "absent.pth")

@@ -1,0 +1,65 @@
+"""One rank, two or three: the same losses, the same verdicts."""
+
+import numpy as np
+import pytest
+
+from pipelines.manifest import Manifest
+from tests.ranks import on_ranks
+from trainer import evaluate
+from trainer.journal import read
+from trainer.ranks import Ranks
+from trainer.worker import run
+
+
+def train(ranks, path):
+    run(path, "train", ranks)
+
+
+def losses(path):
+    return np.array([event["loss"] for event in read(path / "journal.jsonl") if event["event"] == "step"])
+
+
+def epochs(path):
+    return [event for event in read(path / "journal.jsonl") if event["event"] == "epoch"]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_every_step_has_the_loss_of_one_rank(prepared, copies, world):
+    alone = prepared("alone", epochs=3, freeze_epochs=1, lr=2e-3, batch=7, seed=1)
+    together = copies(alone, "together")
+    run(alone, "train", Ranks())
+    on_ranks(world, train, together)
+    one, many = losses(alone), losses(together)
+    assert len(one) == len(many) == 4 * (53 // 7) >= 20
+    assert np.abs(many / one - 1).max() < 1e-4
+    assert one[-3:].mean() < one[:3].mean() - 0.05  # it learns: equal losses are not those of a dead model
+    for a, b in zip(epochs(alone), epochs(together), strict=True):
+        assert a["error_rate"] == b["error_rate"]
+        assert a["valid_loss"] == pytest.approx(b["valid_loss"], rel=1e-4)
+
+
+def look_at_ids(ranks, path):
+    """What the validation of a run reads on this rank, saved for the test to compare."""
+    from pipelines.loader import Loader
+
+    manifest = Manifest.read(path / "manifest.parquet")
+    loader = Loader(manifest.valid, size=32, global_batch=5, rank=ranks.rank, world_size=ranks.world_size)
+    seen = [i for batch in loader.epoch(0) for i in batch.ids_N.tolist()]
+    np.save(path / f"seen{ranks.rank}of{ranks.world_size}.npy", np.array(seen))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_validation_counts_each_image_once(prepared, world):
+    path = prepared("run")
+    on_ranks(world, look_at_ids, path)
+    seen = np.concatenate([np.load(path / f"seen{rank}of{world}.npy") for rank in range(world)])
+    manifest = Manifest.read(path / "manifest.parquet")
+    assert len(manifest.valid) == 23
+    assert sorted(seen.tolist()) == manifest.valid.ids_N.tolist()
+
+
+def test_a_sample_counted_twice_is_noticed(prepared, monkeypatch):
+    path = prepared("run", epochs=1, freeze_epochs=0, lr=1e-3)
+    monkeypatch.setattr(evaluate.torch, "searchsorted", lambda sorted_V, ids_N: ids_N * 0)
+    with pytest.raises(RuntimeError, match="counted"):
+        run(path, "train", Ranks())

@@ -1,0 +1,139 @@
+"""Everything a run is told, in one frozen object; the command line is generated from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from pipelines.errors import UserError
+
+SIZES = (32, 1024)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What to train, on what, and how. Every field is a flag of the same name."""
+
+    data: str = "breeds"
+    """Folder of images; or `breeds`, the embedded set; or `pets`, the Oxford-IIIT pets (800 MB download)."""
+    label_regex: str | None = None
+    """Labels from file names: the first group of this regular expression, as in '(.+)_\\d+\\.jpg$'."""
+    label_csv: Path | None = None
+    """Labels from a CSV file with the columns path,label[,split]; paths are relative to the data folder."""
+    valid_fraction: float = 0.2
+    """Share of the images held out where the data brings no split of its own."""
+    split_seed: int = 42
+    """Seed of that split."""
+
+    model: str = "tf_efficientnet_lite0"
+    """Body: the name of a convolutional classifier of torchvision or timm. The default needs no download."""
+    pretrained: bool = True
+    """Start from the body's published weights."""
+    weights: Path | None = None
+    """Start from this file instead (.safetensors, .pth): a state dict of the body, or the model of an earlier run."""
+    head: Literal["fastai", "plain"] = "fastai"
+    """`fastai`: concat pooling, batch-norm, dropout, two linear layers. `plain`: average pooling, one linear layer."""
+
+    size: int = 160
+    """Training and validation images are squares of this many pixels."""
+    batch: int = 64
+    """Images in a step, over all workers."""
+    epochs: int = 3
+    """Epochs with the whole model, after those with the head alone."""
+    freeze_epochs: int = 1
+    """Epochs with the head alone (and the body's batch-norms), first."""
+    lr: float | None = None
+    """Peak learning rate of the head. Default: found by a range test over all workers."""
+    lr_find_steps: int = 60
+    """Steps of the range test, at most 1,000."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay (AdamW); norms and biases have none."""
+    seed: int = 0
+    """Seed of order, augmentation, initial head and dropout."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """`auto`: bf16 on GPUs that have it, fp16 with loss scaling on older ones, fp32 on CPUs."""
+
+    workers: int | None = None
+    """Processes. Default: one for each GPU; without GPUs 2, or 1 on one core. 0 runs in this process, without Ray."""
+    threads: int | None = None
+    """CPU threads a worker decodes with (on the CPU also computes with). Default: its share of the machine's cores."""
+    wandb: Literal["auto", "off", "offline", "online"] = "auto"
+    """Weights & Biases. `auto`: online where you have logged in, else offline, into the run's folder."""
+    runs: Path = Path("runs")
+    """Folder that holds the runs' folders."""
+    name: str | None = None
+    """Name of the run and its folder; a run that stopped goes on when it is named again. Default: data and time."""
+
+    def __post_init__(self) -> None:
+        def check(good: bool, flag: str, value: object, must: str) -> None:
+            if not good:
+                raise UserError(f"--{flag} is {value}; it must be {must}.")
+
+        check(SIZES[0] <= self.size <= SIZES[1], "size", self.size, f"between {SIZES[0]} and {SIZES[1]} pixels")
+        check(self.batch >= 2, "batch", self.batch, "at least 2: batch-norm has no variance of one image")
+        check(self.epochs >= 0, "epochs", self.epochs, "0 or more")
+        check(self.freeze_epochs >= 0, "freeze-epochs", self.freeze_epochs, "0 or more")
+        check(self.epochs + self.freeze_epochs > 0, "epochs", 0, "more than 0 where --freeze-epochs is 0")
+        check(
+            0 < self.valid_fraction < 1,
+            "valid-fraction",
+            self.valid_fraction,
+            "between 0 and 1, both excluded",
+        )
+        check(self.lr is None or self.lr > 0, "lr", self.lr, "greater than 0")
+        check(10 <= self.lr_find_steps <= 1000, "lr-find-steps", self.lr_find_steps, "between 10 and 1,000")
+        check(self.weight_decay >= 0, "weight-decay", self.weight_decay, "0 or more")
+        check(self.workers is None or self.workers >= 0, "workers", self.workers, "0 or more")
+        check(self.threads is None or self.threads >= 1, "threads", self.threads, "1 or more")
+        check(self.seed >= 0, "seed", self.seed, "0 or more")
+        check(self.split_seed >= 0, "split-seed", self.split_seed, "0 or more")
+        check(
+            self.label_regex is None or self.label_csv is None,
+            "label-regex",
+            self.label_regex,
+            "left out where --label-csv is given: labels come from one place",
+        )
+        check(
+            self.name is None or (self.name not in ("", ".", "..") and "/" not in self.name and "\0" not in self.name),
+            "name",
+            repr(self.name),
+            "a plain folder name, without '/'",
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {
+            key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """The inverse of `as_dict`; an unknown key is an error, never ignored."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise UserError(f"Unknown setting {unknown[0]!r}; the settings are: {', '.join(sorted(known))}.")
+        try:
+            return TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            setting = ".".join(map(str, first["loc"]))
+            raise UserError(f"The setting {setting!r} is {first['input']!r}: {first['msg']}.") from None
+
+    @classmethod
+    def read(cls, path: Path) -> TrainConfig:
+        """Read a configuration written as JSON."""
+        try:
+            values = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise UserError(f"There is no configuration at {path}.") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is not valid JSON: {error}.") from None
+        if not isinstance(values, dict):
+            raise UserError(f"{path} holds a {type(values).__name__}; a configuration is a JSON object.")
+        return cls.from_dict(values)

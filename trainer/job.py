@@ -1,0 +1,290 @@
+"""A job from the outside: prepare its folder, start its workers, watch its journal, tell how it ended."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import re
+import shlex
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from rich.console import Console
+
+from pipelines.datasets import named_dataset
+from pipelines.errors import UserError
+from pipelines.labels import Csv, Labels, Regex
+from pipelines.manifest import Manifest, scan
+from trainer import checkpoint, journal, models, weights
+from trainer.config import TrainConfig
+from trainer.progress import Progress
+from trainer.ranks import Ranks
+from trainer.run_folder import RunFolder, write_atomic
+from trainer.tracking import Tracker, TrackingMode
+from trainer.worker import Goal, run
+
+# (run folder, goal, number of workers); returns when they have all ended well.
+Launcher = Callable[[Path, Goal, int], None]
+
+# Settings that may differ when a run goes on: they change where it runs, not what it computes.
+FREE_TO_CHANGE = {"workers", "threads", "wandb", "runs", "name"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """How a training ended."""
+
+    error_rate: float
+    """Share of validation images misjudged, by the last weights."""
+    valid_loss: float
+    most_confused: list[tuple[str, str, int]]
+    """(actual, predicted, count), most frequent first, at most five."""
+    quarantine: int
+    """Files left out because they cannot be decoded or labelled."""
+    seconds: float
+    """Everything from the scan on."""
+    folder: Path
+    """Where everything of the run lies."""
+
+
+def fine_tune(config: TrainConfig, console: Console | None = None) -> Result:
+    """Train as `config` says, on as many workers as it says, and return how it ended.
+
+    Raises:
+        UserError: something about the data, the model or the machine that a person can mend.
+    """
+    started = time.time()
+    events, folder, manifest = _carry_out(config, "train", console or Console())
+    finished = next(event for event in reversed(events) if event["event"] == "finished")
+    return Result(
+        error_rate=finished["error_rate"],
+        valid_loss=finished["valid_loss"],
+        most_confused=[(a, p, n) for a, p, n in finished["most_confused"]],
+        quarantine=len(manifest.quarantine),
+        seconds=time.time() - started,
+        folder=folder.path,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LrFind:
+    """What a range test found."""
+
+    lrs: list[float]
+    losses: list[float]
+    suggestions: dict[str, float]
+    """Rates by method; empty where the curve carries no information."""
+    folder: Path
+    """Where the plot lies."""
+
+
+def lr_find(config: TrainConfig, console: Console | None = None) -> LrFind:
+    """Run the learning-rate range test alone, over all workers.
+
+    Raises:
+        UserError: as `fine_tune`.
+    """
+    events, folder, _ = _carry_out(config, "lr-find", console or Console())
+    steps = [event for event in events if event["event"] == "range_step"]
+    result = next(event for event in reversed(events) if event["event"] == "range_result")
+    return LrFind(
+        lrs=[step["lr"] for step in steps],
+        losses=[step["loss"] for step in steps],
+        suggestions=result["suggestions"],
+        folder=folder.path,
+    )
+
+
+def _carry_out(config: TrainConfig, goal: Goal, console: Console) -> tuple[list[dict[str, Any]], RunFolder, Manifest]:
+    workers = default_workers() if config.workers is None else config.workers
+    config = dataclasses.replace(config, workers=workers)
+    launch = launcher(workers)
+    folder, manifest = prepare(config, goal, console)
+    if any(event["event"] == "finished" for event in journal.read(folder.journal)):
+        console.print(f"The run {folder.path.name} was finished before; this is how it ended.")
+    else:
+        with watched(folder, config.wandb, console):
+            launch(folder.path, goal, workers)
+    return journal.read(folder.journal), folder, manifest
+
+
+def default_workers() -> int:
+    """One for each GPU; without GPUs two, or one where there is only one core."""
+    return torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0)))
+
+
+def launcher(workers: int) -> Launcher:
+    """What starts the workers: this very process for none, else the engine registered as an entry point."""
+    if workers == 0:
+        return lambda folder, goal, _: run(folder, goal, Ranks())
+    (entry,) = importlib.metadata.entry_points(group="onewarp.launchers", name="ray")
+    return entry.load()
+
+
+def prepare(config: TrainConfig, goal: Goal, console: Console) -> tuple[RunFolder, Manifest]:
+    """Scan the data, make the run's folder, and put into it all that the workers read.
+
+    Everything that a person can get wrong about data and model is found here, before any worker starts.
+    """
+    data, labels = resolve_data(config, console)
+    name = config.name or f"{slug(data.name)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = RunFolder((config.runs / name).absolute())
+    config = dataclasses.replace(config, data=str(data), name=name, runs=config.runs.absolute())
+    if folder.config.exists():
+        _check_same(folder, config)
+        manifest = Manifest.read(folder.manifest)
+        if not manifest.is_current():
+            raise UserError(
+                f"The images under {data} have changed since the run {name} began. Give another --name to train "
+                f"on them as they are now, or delete {folder.path}."
+            )
+        return folder, manifest
+
+    with console.status(f"Reading {data} …"):
+        manifest = scan(
+            data,
+            labels=labels,
+            valid_fraction=config.valid_fraction,
+            split_seed=config.split_seed,
+            threads=len(os.sched_getaffinity(0)),
+        )
+    describe(manifest, config, console)
+    if config.batch > len(manifest.train):
+        raise UserError(
+            f"--batch {config.batch} is larger than the {len(manifest.train)} training images. "
+            f"Choose --batch {max(2, len(manifest.train) // 4)} or less."
+        )
+    torch.manual_seed(config.seed)
+    model = models.build(config.model, head=config.head, classes=len(manifest.classes))
+    models.layer_groups(model)
+    source = weights.load(model, config.model, pretrained=config.pretrained, weights=config.weights)
+    console.print(f"model     {config.model}, {config.head} head; weights: {source}", highlight=False)
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        manifest.write(folder.manifest)
+        if manifest.quarantine:
+            write_atomic(folder.quarantine, "".join(f"{bad.path}\t{bad.reason}\n" for bad in manifest.quarantine))
+        safetensors.torch.save_file(checkpoint.tensors(model), folder.initial)
+        # Last: a folder that has a configuration has everything.
+        write_atomic(folder.config, json.dumps(config.as_dict(), indent=2) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"The run's folder {folder.path} cannot be written ({error.strerror}). Choose another --runs folder."
+        ) from None
+    return folder, manifest
+
+
+def resolve_data(config: TrainConfig, console: Console) -> tuple[Path, Labels]:
+    """The folder that `--data` means, and where its labels come from."""
+    with console.status(f"Getting the data set {config.data} …"):
+        named = named_dataset(config.data)
+    folder, regex = named or (Path(config.data).expanduser().absolute(), None)
+    pattern = config.label_regex or regex
+    if config.label_csv is not None:
+        return folder, Csv(str(config.label_csv))
+    return folder, Regex(pattern) if pattern else "folder"
+
+
+def slug(name: str) -> str:
+    """A folder name made of harmless characters."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.") or "data"
+
+
+def _check_same(folder: RunFolder, config: TrainConfig) -> None:
+    before, now = folder.read_config().as_dict(), config.as_dict()
+    changed = [key for key in now if key not in FREE_TO_CHANGE and now[key] != before[key]]
+    if changed:
+        told = ", ".join(f"--{key.replace('_', '-')} was {before[key]} and is now {now[key]}" for key in changed)
+        raise UserError(
+            f"The run {folder.path.name} exists with another configuration: {told}. "
+            f"Give another --name, repeat the first settings to go on with it, or delete {folder.path}."
+        )
+
+
+def describe(manifest: Manifest, config: TrainConfig, console: Console) -> None:
+    """Say what was found."""
+    train, valid = manifest.train, manifest.valid
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    drawn = f"at random, seed {config.split_seed}, {config.valid_fraction:.0%}"
+    split = {"folders": "by folders", "csv": "by the table", "random": drawn}[manifest.split_from]
+    shown = ", ".join(manifest.classes[:6]) + (", …" if len(manifest.classes) > 6 else "")
+    widths, heights = manifest.widths_N, manifest.heights_N
+    say(f"images    {len(train):,} to train, {len(valid):,} to validate (split {split})")
+    say(f"classes   {len(manifest.classes)}: {shown}")
+    say(f"sizes     {widths.min()}–{widths.max()} pixels wide, {heights.min()}–{heights.max()} high")
+    steps, left = divmod(len(train), config.batch)
+    if left:
+        say(f"batches   {steps} of {config.batch} an epoch; the last {left} images of each epoch's order are dropped")
+    for note in manifest.notes:
+        say(f"note      {note}")
+    for bad in manifest.quarantine[:5]:
+        say(f"left out  {bad.path}: {bad.reason}")
+    more = len(manifest.quarantine) - 5
+    if more > 0:
+        say(f"left out  … and {more} more files; all are named in quarantine.txt in the run's folder")
+
+
+@contextmanager
+def watched(folder: RunFolder, wandb_mode: TrackingMode, console: Console) -> Generator[None]:
+    """Show and track what is written to the journal from now on, while the workers run."""
+    stop = threading.Event()
+    offset = folder.journal.stat().st_size if folder.journal.exists() else 0
+
+    with Progress(console) as progress:
+
+        def warn(message: str) -> None:
+            progress.on({"event": "warning", "time": time.time(), "message": message})
+
+        tracker = Tracker(folder.path, wandb_mode, warnings=warn)
+
+        def read() -> None:
+            for event in journal.follow(folder.journal, stop, offset=offset):
+                progress.on(event)
+                tracker.on(event)
+            tracker.close()
+
+        reader = threading.Thread(target=read, name="journal reader")
+        reader.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            reader.join()
+
+
+def summary(result: Result, config: TrainConfig, console: Console) -> None:
+    """The last words of a training on the terminal."""
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    say("")
+    say(f"error rate  {result.error_rate:.4f}   (validation loss {result.valid_loss:.4f}, {result.seconds:.0f} s)")
+    if result.quarantine:
+        say(f"left out    {result.quarantine} files, named in quarantine.txt")
+    if result.most_confused:
+        say("most confused (actual → predicted)")
+        for actual, predicted, count in result.most_confused:
+            say(f"  {count:4d}  {actual} → {predicted}")
+    say(f"run         {result.folder}")
+    say("            " + ", ".join(sorted(p.name for p in result.folder.iterdir() if not p.name.startswith("."))))
+    say("go on with  " + shlex.join(_continuing(result, config)))
+
+
+def _continuing(result: Result, config: TrainConfig) -> list[str]:
+    """The command that trains the result further."""
+    words = ["onewarp", "train", "--data", config.data]
+    for flag in ("label_regex", "label_csv"):
+        if getattr(config, flag) is not None:
+            words += [f"--{flag.replace('_', '-')}", str(getattr(config, flag))]
+    model = RunFolder(result.folder).model
+    model = model.relative_to(Path.cwd()) if model.is_relative_to(Path.cwd()) else model
+    words += ["--model", config.model, "--head", config.head, "--size", str(config.size)]
+    return [*words, "--weights", str(model), "--freeze-epochs", "0", "--epochs", "3"]

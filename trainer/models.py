@@ -1,0 +1,205 @@
+"""Body, head and layer groups."""
+
+from __future__ import annotations
+
+import difflib
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from pipelines.errors import UserError
+
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """Mean and standard deviation, for values in [0, 1], of the data that a body was trained on."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Classifier(nn.Module):
+    """A body, images [N, 3, H, W] to features [N, F, h, w], and a head, features to logits [N, C]."""
+
+    def __init__(self, body: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.body, self.head = body, head
+
+    def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(images_NCHW))
+
+
+class ConcatPool(nn.Module):
+    """Maximum and mean over the positions, side by side: [N, F, h, w] -> [N, 2F] (fastai's AdaptiveConcatPool2d)."""
+
+    def forward(self, features_NFHW: torch.Tensor) -> torch.Tensor:
+        return torch.cat([features_NFHW.amax(dim=(2, 3)), features_NFHW.mean(dim=(2, 3))], dim=1)
+
+
+class MeanPool(nn.Module):
+    """Mean over the positions: [N, F, h, w] -> [N, F]."""
+
+    def forward(self, features_NFHW: torch.Tensor) -> torch.Tensor:
+        return features_NFHW.mean(dim=(2, 3))
+
+
+def build_head(kind: str, features: int, classes: int) -> nn.Module:
+    """`fastai`: its `create_head`, same defaults, same initialisation. `plain`: mean pooling and one layer."""
+    if kind == "plain":
+        return nn.Sequential(MeanPool(), nn.Linear(features, classes))
+    head = nn.Sequential(
+        ConcatPool(),
+        nn.BatchNorm1d(2 * features),
+        nn.Dropout(0.25),
+        nn.Linear(2 * features, 512, bias=False),
+        nn.ReLU(inplace=True),
+        nn.BatchNorm1d(512),
+        nn.Dropout(0.5),
+        nn.Linear(512, classes, bias=False),
+    )
+    for module in head.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.kaiming_normal_(module.weight)
+    return head
+
+
+def build(name: str, *, head: str, classes: int) -> Classifier:
+    """A classifier with fresh weights.
+
+    Raises:
+        UserError: the name is unknown, or the model makes no feature map [N, F, h, w].
+    """
+    body = _body(name)
+    try:
+        with torch.inference_mode():
+            features_NFHW = body.eval()(torch.zeros(1, 3, 64, 64))
+        is_map = features_NFHW.ndim == 4 and features_NFHW.shape[1] >= features_NFHW.shape[2]
+    except Exception:
+        is_map = False
+    if not is_map:
+        raise UserError(
+            f"--model {name} is not a convolutional classifier: it makes no feature map [N, F, h, w] that a head "
+            "could pool. Choose one that does, such as resnet34, convnext_tiny or tf_efficientnet_lite0."
+        )
+    return Classifier(body.train(), build_head(head, features_NFHW.shape[1], classes))
+
+
+def statistics(name: str) -> Statistics:
+    """The normalisation that the published weights of a body expect."""
+    if name in torchvision.models.list_models():
+        weights = torchvision.models.get_model_weights(name)
+        if not list(weights):
+            return Statistics(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+        transforms = weights["DEFAULT"].transforms()
+        return Statistics(mean=tuple(transforms.mean), std=tuple(transforms.std))
+    config = timm.get_pretrained_cfg(name)
+    if config is None:
+        return Statistics(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    return Statistics(mean=tuple(config.mean), std=tuple(config.std))
+
+
+def _body(name: str) -> nn.Module:
+    if name in torchvision.models.list_models():  # first, as in fastai
+        return cut(torchvision.models.get_model(name, weights=None))
+    if name in timm.list_models():
+        return timm.create_model(name, num_classes=0, global_pool="")
+    near = difflib.get_close_matches(name, [*torchvision.models.list_models(), *timm.list_models()], n=5)
+    raise UserError(
+        f"--model {name} is unknown to torchvision and to timm. "
+        + (f"Similar names: {', '.join(near)}." if near else "`timm.list_models()` lists the names it has.")
+    )
+
+
+def cut(model: nn.Module) -> nn.Sequential:
+    """A torchvision classifier without what follows its feature map: pooling, flattening, linear layers."""
+    kept: OrderedDict[str, nn.Module] = OrderedDict()
+    for name, child in model.named_children():
+        if isinstance(child, (nn.AdaptiveAvgPool2d, nn.Linear)) or name in (
+            "classifier",
+            "avgpool",
+            "AuxLogits",
+        ):
+            break
+        kept[name] = child
+    return nn.Sequential(kept)
+
+
+def stages(body: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The body's parts in order: its children, with sequences of blocks opened once or, where one holds all, twice."""
+
+    def opened(prefix: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+        children = list(module.named_children())
+        if isinstance(module, (nn.Sequential, nn.ModuleList)) and children:
+            return [(f"{prefix}.{name}", child) for name, child in children]
+        return [(prefix, module)]
+
+    parts = list(body.named_children())
+    for _ in range(2):
+        parts = [part for name, child in parts for part in opened(name, child)]
+    return parts
+
+
+def layer_groups(model: Classifier) -> list[list[nn.Parameter]]:
+    """Three groups, from the input to the head: body down to 1/8 of the resolution, the rest of the body, head.
+
+    For a ResNet this is fastai's own cut (before layer3). Every parameter lies in exactly one group.
+
+    Raises:
+        UserError: the body cannot be divided so, or a parameter would be in no group or in two.
+    """
+    side = 64
+    parts = stages(model.body)
+    reached: dict[str, int] = {}
+
+    def note(name: str):
+        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
+            if isinstance(output, torch.Tensor) and output.ndim == 4:
+                reached[name] = side // output.shape[2]
+
+        return hook
+
+    handles = [module.register_forward_hook(note(name)) for name, module in parts]
+    training = model.training
+    example_NCHW = torch.zeros(1, 3, side, side, device=next(model.parameters()).device)
+    with torch.inference_mode():
+        model.body.eval()(example_NCHW)
+    model.train(training)
+    for handle in handles:
+        handle.remove()
+
+    boundary = next((i for i, (name, _) in enumerate(parts) if reached.get(name, 0) > 8), len(parts))
+    early = [p for _, module in parts[:boundary] for p in module.parameters()]
+    late = [p for _, module in parts[boundary:] for p in module.parameters()]
+    groups = [early, late, list(model.head.parameters())]
+    check_partition(model, groups)
+    return groups
+
+
+def check_partition(model: nn.Module, groups: list[list[nn.Parameter]]) -> None:
+    """Every parameter in exactly one group, no group empty; else an error that names the parameter."""
+    times: dict[int, int] = {}
+    for group in groups:
+        for parameter in group:
+            times[id(parameter)] = times.get(id(parameter), 0) + 1
+    for name, parameter in model.named_parameters():
+        count = times.get(id(parameter), 0)
+        if count != 1:
+            raise UserError(
+                f"The model cannot be divided into layer groups: its parameter {name} lies in {count} of them, "
+                "and each must lie in exactly one. Choose another --model."
+            )
+    if not all(groups):
+        raise UserError("The model cannot be divided into three layer groups: one of them has no parameter.")
+
+
+def freeze_body(model: Classifier, frozen: bool) -> None:
+    """Train the head alone, or everything. As in fastai, the norms of a frozen body go on learning."""
+    for module in model.body.modules():
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(not frozen or isinstance(module, NORMS))

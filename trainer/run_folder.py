@@ -1,0 +1,63 @@
+"""Where everything of a run lies."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run, under `path` (absolute)."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration, JSON."""
+        return self.path / "config.json"
+
+    @property
+    def manifest(self) -> Path:
+        """What the data held when the run began, Parquet."""
+        return self.path / "manifest.parquet"
+
+    @property
+    def quarantine(self) -> Path:
+        """The files that were left out, and why: path, tab, reason; absent where every file is good."""
+        return self.path / "quarantine.txt"
+
+    @property
+    def initial(self) -> Path:
+        """The weights that every rank begins with."""
+        return self.path / "initial.safetensors"
+
+    @property
+    def journal(self) -> Path:
+        """The record, JSON lines."""
+        return self.path / "journal.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """The weights at the end."""
+        return self.path / "model.safetensors"
+
+    def figure(self, name: str) -> Path:
+        return self.path / f"{name}.png"
+
+    def read_config(self) -> TrainConfig:
+        return TrainConfig.read(self.config)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file that is there whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8", errors="surrogateescape")
+    os.replace(partial, path)

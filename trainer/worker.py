@@ -1,0 +1,244 @@
+"""One worker's whole job, top to bottom: data, model, optimiser, range test, phases, judgement, files.
+
+Every rank runs `run`; rank 0 alone writes. `python -m trainer.worker --config run.json` runs a job in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import nvidia.dali
+import safetensors.torch
+import torch
+
+from pipelines.errors import UserError
+from pipelines.geometry import Augment
+from pipelines.loader import Batch, Loader
+from pipelines.manifest import Manifest
+from pipelines.plan import RANGE_TEST_EPOCH
+from trainer import checkpoint, evaluate, figures, models, optim, precision, schedule
+from trainer.interpret import confusion_matrix, most_confused
+from trainer.journal import Journal
+from trainer.loop import Learner, train_epoch
+from trainer.lr_range import range_test
+from trainer.ranks import Ranks
+from trainer.run_folder import RunFolder
+
+Goal = Literal["train", "lr-find"]
+
+
+def run(
+    path: Path, goal: Goal, ranks: Ranks, report: Callable[[dict[str, float]], None] = lambda metrics: None
+) -> None:
+    """Carry out the run prepared in the folder `path`, from its newest checkpoint if it has one.
+
+    Args:
+        path: the run's folder, the same on every rank.
+        goal: the whole training, or the range test alone.
+        ranks: this process among the others; the process group is up.
+        report: told the metrics of each epoch, on every rank (an engine that watches the run).
+    """
+    started = time.time()
+    folder, lead = RunFolder(path), ranks.rank == 0
+    config = folder.read_config()
+    journal = Journal(folder.journal if lead else None)
+    threads = config.threads or ranks.cores
+    torch.set_num_threads(threads)
+
+    # Data
+    manifest = Manifest.read(folder.manifest)
+    numbers = precision.resolve(config.precision, ranks.device)
+    statistics = models.statistics(config.model)
+    common: dict[str, Any] = {
+        "size": config.size,
+        "global_batch": config.batch,
+        "seed": config.seed,
+        "rank": ranks.rank,
+        "world_size": ranks.world_size,
+        "device": "gpu" if ranks.device.type == "cuda" else "cpu",
+        "device_id": ranks.local_rank,
+        "threads": threads,
+        "mean": statistics.mean,
+        "std": statistics.std,
+        "half": numbers.half_images,
+    }
+    train = Loader(manifest.train, augment=Augment(), **common)
+    valid = Loader(manifest.valid, augment=None, **common)
+
+    # Model and optimiser
+    model = models.build(config.model, head=config.head, classes=len(manifest.classes))
+    model.load_state_dict(safetensors.torch.load_file(folder.initial))
+    model = model.to(device=ranks.device).to(memory_format=torch.channels_last)
+    optimizer = optim.build(model, config.weight_decay)
+    learner = Learner(model=model, optimizer=optimizer, precision=numbers, ranks=ranks)
+    resumed = checkpoint.load(folder.checkpoints, learner)
+    journal.write(
+        "run",
+        name=path.name,
+        command=goal,
+        config=config.as_dict(),
+        classes=list(manifest.classes),
+        train=len(manifest.train),
+        valid=len(manifest.valid),
+        quarantined=len(manifest.quarantine),
+        world_size=ranks.world_size,
+        device=str(ranks.device),
+        precision=numbers.name,
+        steps_per_epoch=train.steps,
+        epochs=config.freeze_epochs + config.epochs,
+        versions={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "dali": nvidia.dali.__version__,
+        },
+        resumed_from=resumed and resumed.epoch * train.steps,
+    )
+    if lead and not resumed:
+        show_batch(folder, train, manifest.classes)
+
+    # Learning rate
+    base_lr = resumed.base_lr if resumed else config.lr
+    if base_lr is None or goal == "lr-find":
+        learner.train(frozen=config.freeze_epochs > 0)
+        journal.write("phase", phase="lr_find", epochs=0, steps=config.lr_find_steps, lr=[], first_step=0)
+        curve = range_test(
+            learner,
+            endless(train),
+            global_batch=config.batch,
+            steps=config.lr_find_steps,
+            seed=config.seed,
+            journal=journal,
+        )
+        base_lr = curve.chosen
+        if not curve.suggestions:
+            journal.write(
+                "warning",
+                message=f"The range test's curve says nothing about the learning rate; going on with {base_lr:g}.",
+            )
+        journal.write("range_result", suggestions=curve.suggestions, chosen=base_lr)
+        if lead:
+            figures.plot_lr_find(
+                folder.figure("lr_find"), curve.lrs, curve.losses, curve.smoothed, curve.suggestions, base_lr
+            )
+    if goal == "lr-find":
+        journal.close()
+        return
+
+    # Training
+    phases = schedule.fine_tune(
+        base_lr=base_lr,
+        groups=3,
+        steps_per_epoch=train.steps,
+        epochs=config.epochs,
+        freeze_epochs=config.freeze_epochs,
+    )
+    judgement = None
+    for phase in phases:
+        epochs = range(phase.first_epoch, phase.first_epoch + phase.epochs)
+        begin = max(epochs.start, resumed.epoch if resumed else 0)
+        if begin >= epochs.stop:
+            continue
+        updates = resumed.updates if resumed and begin == resumed.epoch > epochs.start else 0
+        learner.train(frozen=phase.name == "frozen")
+        journal.write(
+            "phase",
+            phase=phase.name,
+            epochs=phase.epochs,
+            steps=phase.epochs * train.steps,
+            lr=list(phase.lrs),
+            first_step=epochs.start * train.steps,
+        )
+        for epoch in range(begin, epochs.stop):
+            clock = time.perf_counter()
+            train_loss, updates, speed = train_epoch(
+                learner, train, phase, epoch, updates=updates, seed=config.seed, journal=journal
+            )
+            judgement = evaluate.judge(learner, valid)
+            metrics = {
+                "train_loss": train_loss,
+                "valid_loss": judgement.loss,
+                "error_rate": judgement.error_rate,
+            }
+            journal.write(
+                "epoch",
+                epoch=epoch,
+                phase=phase.name,
+                **metrics,
+                images_per_second=speed,
+                seconds=time.perf_counter() - clock,
+            )
+            if lead:
+                position = checkpoint.Position(epoch=epoch + 1, updates=updates, base_lr=base_lr)
+                saved = checkpoint.save(folder.checkpoints, learner, position)
+                journal.write("checkpoint", step=(epoch + 1) * train.steps, path=str(saved.relative_to(path)))
+            report(metrics)
+
+    # Judgement and files
+    if judgement is None:  # every epoch was done before, only the end was missing
+        judgement = evaluate.judge(learner, valid)
+    if lead:
+        confusion_CC = confusion_matrix(judgement.labels_N, judgement.predicted_N, manifest.classes)
+        figures.plot_confusion(folder.figure("confusion"), confusion_CC, manifest.classes)
+        show_top_losses(folder, valid, judgement, manifest.classes)
+        safetensors.torch.save_file(checkpoint.tensors(model), folder.model)
+        journal.write(
+            "finished",
+            error_rate=judgement.error_rate,
+            valid_loss=judgement.loss,
+            most_confused=[list(row) for row in most_confused(confusion_CC, manifest.classes)[:5]],
+            seconds=time.time() - started,
+            run_folder=str(path),
+        )
+    journal.close()
+
+
+def endless(loader: Loader) -> Iterator[Batch]:
+    """Training batches of epochs that training itself never reaches."""
+    return itertools.chain.from_iterable(loader.epoch(epoch) for epoch in itertools.count(RANGE_TEST_EPOCH))
+
+
+def show_batch(folder: RunFolder, loader: Loader, classes: tuple[str, ...]) -> None:
+    """Draw the first images of the first training batch, as the model sees them."""
+    batch = next(loader.epoch(0))
+    titles = [classes[label] for label in batch.labels_N.tolist()]
+    figures.plot_batch(folder.figure("show_batch"), loader.pictures(batch)[:16], titles[:16])
+
+
+def show_top_losses(folder: RunFolder, loader: Loader, judgement: evaluate.Judgement, classes: tuple[str, ...]) -> None:
+    """Draw the validation images that the model is most wrong about."""
+    worst = np.argsort(-judgement.losses_N, kind="stable")[:9]
+    order = np.sort(worst)
+    batch = next(loader.alone(loader.samples.subset(order)).epoch(0))
+    images = dict(zip(order.tolist(), loader.pictures(batch), strict=True))
+    titles = [
+        f"{classes[judgement.predicted_N[i]]} / {classes[judgement.labels_N[i]]} / "
+        f"{judgement.losses_N[i]:.2f} / {judgement.confidence_N[i]:.2f}"
+        for i in worst
+    ]
+    figures.plot_top_losses(folder.figure("top_losses"), [images[i] for i in worst.tolist()], titles)
+
+
+def main() -> None:
+    """The whole job in one process: what tests run, and how a person debugs."""
+    from trainer.config import TrainConfig
+    from trainer.job import fine_tune
+
+    parser = argparse.ArgumentParser(prog="python -m trainer.worker", description=main.__doc__)
+    parser.add_argument("--config", type=Path, required=True, help="JSON file with settings of TrainConfig")
+    try:
+        config = TrainConfig.read(parser.parse_args().config)
+        fine_tune(TrainConfig.from_dict({**config.as_dict(), "workers": 0}))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
