@@ -1,0 +1,54 @@
+"""The `onewarp` command."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from pipelines.errors import UserError
+from trainer import TrainConfig, fine_tune, lr_find
+from trainer.job import summary
+
+Flags = Annotated[TrainConfig, tyro.conf.arg(name="")]
+
+
+def train(config: Flags) -> None:
+    """Fine-tune a classifier on a folder of images, on all GPUs or CPU cores of this machine.
+
+    Scans the images, finds a learning rate, trains the head and then everything, validates after each epoch,
+    and leaves plots, checkpoints, the journal and an offline wandb run in runs/<name>/.
+    """
+    console = Console()
+    summary(fine_tune(config, console), config, console)
+
+
+def find_rate(config: Flags) -> None:
+    """Run the learning-rate range test alone, and plot its curve with suggested rates."""
+    console = Console()
+    found = lr_find(config, console)
+    for method, lr in found.suggestions.items():
+        console.print(f"{method:8s}  {lr:.2e}", highlight=False)
+    console.print(f"plot      {found.folder / 'lr_find.png'}", highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one paragraph and exit code 2, Ctrl-C is 130."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            {"train": train, "lr-find": find_rate},
+            prog="onewarp",
+            description="Distributed training of image classifiers: one warp an image, every rank fed.",
+        )
+    except UserError as error:
+        Console(stderr=True).print(f"onewarp: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; the same command with the run's --name goes on from its last epoch")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

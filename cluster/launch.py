@@ -1,0 +1,102 @@
+"""Starting the workers of a run with Ray Train."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+# Ray reads these when it is imported; see each name for what it does.
+QUIET_AND_LOCAL = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # no reports home
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # a local cluster listens on loopback alone
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # also how often reports are collected and failures seen
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+for _name, _value in QUIET_AND_LOCAL.items():
+    os.environ.setdefault(_name, _value)
+
+import ray  # noqa: E402
+import ray.train  # noqa: E402
+from ray.train import RunConfig, ScalingConfig  # noqa: E402
+from ray.train.torch import TorchConfig, TorchTrainer  # noqa: E402
+
+from pipelines.errors import UserError  # noqa: E402
+from trainer.ranks import Ranks  # noqa: E402
+from trainer.worker import Goal, run  # noqa: E402
+
+OBJECT_STORE_BYTES = 100 * 2**20  # workers share files, not objects
+
+
+class WorkersError(RuntimeError):
+    """The workers ended with an error that is no mistake of the user's."""
+
+
+def launch(folder: Path, goal: Goal, workers: int) -> None:
+    """Run the prepared job in `folder` on `workers` processes of this machine and wait for its end.
+
+    Raises:
+        UserError: the machine cannot give that many workers, or a worker met a mistake of the user's.
+        WorkersError: anything else that ended a worker.
+    """
+    import torch
+
+    gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
+    if gpus and workers > gpus:
+        raise UserError(
+            f"--workers {workers}: this machine has {gpus} GPUs, and each worker takes one. Choose --workers {gpus}."
+        )
+    if not gpus and workers > cores:
+        raise UserError(
+            f"--workers {workers}: this machine has {cores} CPU cores and no GPU, and each worker takes a core. "
+            f"Choose --workers {cores} or less."
+        )
+    with tempfile.TemporaryDirectory(prefix="onewarp-") as scratch:
+        ray.init(
+            address="local",
+            num_cpus=max(cores, workers),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=scratch,
+        )
+        try:
+            TorchTrainer(
+                _work,
+                train_loop_config={"folder": str(folder), "goal": goal},
+                scaling_config=ScalingConfig(num_workers=workers, use_gpu=bool(gpus)),  # ty: ignore[invalid-argument-type]
+                torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+                run_config=RunConfig(name="run", storage_path=f"{scratch}/storage"),  # ty: ignore[invalid-argument-type]
+            ).fit()
+        except ray.train.TrainingFailedError as error:
+            raise _told(error, folder) from error
+        finally:
+            ray.shutdown()
+
+
+def _work(settings: dict[str, Any]) -> None:
+    """What each worker process does."""
+    context = ray.train.get_context()
+    ranks = Ranks(
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        local_rank=context.get_local_rank(),
+        local_world_size=context.get_local_world_size(),
+    )
+    run(Path(settings["folder"]), settings["goal"], ranks, report=lambda metrics: ray.train.report(metrics))
+
+
+def _told(error: Exception, folder: Path) -> Exception:
+    failures = getattr(error, "worker_failures", {})
+    for failure in failures.values():
+        cause: BaseException | None = failure
+        while cause is not None:
+            if isinstance(cause, UserError):
+                return UserError(str(cause))
+            cause = cause.__cause__
+    return WorkersError(str(error))
