@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import urllib.error
 from pathlib import Path
 
 import torchvision
 
 from pipelines.errors import UserError
-from pipelines.synthetic import breeds
+from pipelines.synthetic import breeds, cache_folder
 
 PETS_REGEX = r"^(.+)_\d+\.jpg$"
-
-
-def cache_folder() -> Path:
-    """Where data sets are kept: `$ONEWARP_CACHE`, else `onewarp` in the user's cache folder."""
-    if "ONEWARP_CACHE" in os.environ:
-        return Path(os.environ["ONEWARP_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onewarp"
 
 
 def named_dataset(name: str) -> tuple[Path, str] | None:
@@ -27,15 +19,16 @@ def named_dataset(name: str) -> tuple[Path, str] | None:
     `breeds`: drawn by this package. `pets`: Oxford-IIIT pets, by torchvision. Any other name: `None`.
     """
     if name == "breeds":
-        return breeds(cache_folder()), PETS_REGEX
+        return breeds(), PETS_REGEX
     if name == "pets":
+        cache = cache_folder().expanduser()
         try:
-            torchvision.datasets.OxfordIIITPet(str(cache_folder()), download=True)
+            torchvision.datasets.OxfordIIITPet(str(cache), download=True)
         except (urllib.error.URLError, RuntimeError, OSError) as error:
             reason = str(error).splitlines()[0][:200]
             raise UserError(
                 f"--data pets: the Oxford-IIIT pets could not be downloaded ({reason}). Check the network, or put the "
-                f"folder oxford-iiit-pet into {cache_folder()}; --data breeds needs no network."
+                f"folder oxford-iiit-pet into {cache}; --data breeds needs no network."
             ) from None
-        return cache_folder() / "oxford-iiit-pet" / "images", PETS_REGEX
+        return cache / "oxford-iiit-pet" / "images", PETS_REGEX
     return None

@@ -201,6 +201,28 @@ def square_from_output(size: int) -> np.ndarray:
     return np.array([[2.0 / size, 0, -1.0], [0, 2.0 / size, -1.0], [0, 0, 1.0]])
 
 
+def decimation(source_from_output_N33: np.ndarray, size: int) -> np.ndarray:
+    """By how much an image is shrunk, whole pixels into one, before the warp reads it; int64 [N], 1 means not at all.
+
+    Bilinear interpolation looks at four pixels: read further apart than two pixels, it skips some, and fine patterns
+    alias. The distance is the geometric mean of the singular values of the map's Jacobian at the image centre.
+    """
+    m = source_from_output_N33
+    centre = np.array([size / 2, size / 2, 1.0])
+    x_N, y_N, w_N = np.moveaxis(m @ centre, -1, 0)
+    jacobian_N22 = (m[:, :2, :2] * w_N[:, None, None] - np.stack([x_N, y_N], 1)[:, :, None] * m[:, 2:, :2]) / (
+        w_N[:, None, None] ** 2
+    )
+    distance_N = np.sqrt(np.abs(np.linalg.det(jacobian_N22)))
+    return np.where(distance_N > 2.0, distance_N, 1.0).astype(np.int64)
+
+
+def shrink(source_from_output_N33: np.ndarray, scale_x_N: np.ndarray, scale_y_N: np.ndarray) -> np.ndarray:
+    """The same map into an image whose width and height were multiplied by the scales."""
+    n = len(scale_x_N)
+    return _matrix([[scale_x_N, 0, 0], [0, scale_y_N, 0], [0, 0, 1]], n) @ source_from_output_N33
+
+
 def compose(draws: Draws, heights_N: np.ndarray, widths_N: np.ndarray, size: int) -> np.ndarray:
     """`source_from_output`, [N, 3, 3]: where in the decoded image each output pixel is read, once."""
     return placement(draws, heights_N, widths_N) @ augmentation(draws) @ square_from_output(size)

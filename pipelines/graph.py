@@ -12,17 +12,18 @@ from nvidia.dali import Pipeline, pipeline_def
 
 Device = Literal["cpu", "gpu"]
 
-# One batch as the graph wants it: paths as uint8 arrays, matrices float32 [N, 3, 3], shift and scale float32 [N, 3].
-GraphInput = tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]
+# One batch as the graph wants it: paths as uint8 arrays, height and width to shrink to before the warp float32 [N, 2]
+# (0, 0: as decoded), matrices float32 [N, 3, 3], shift and scale float32 [N, 3].
+GraphInput = tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
-@pipeline_def
-def _one_warp(source: Iterator[GraphInput], size: int, device: Device, half: bool) -> Any:
-    paths, matrices, shift, scale = fn.external_source(
+@pipeline_def(enable_conditionals=True)
+def define(source: Iterator[GraphInput], size: int, device: Device, half: bool) -> Any:
+    paths, shrunk, matrices, shift, scale = fn.external_source(
         source=source,
-        num_outputs=4,
-        dtype=[types.DALIDataType.UINT8] + [types.DALIDataType.FLOAT] * 3,
-        ndim=[1, 2, 1, 1],
+        num_outputs=5,
+        dtype=[types.DALIDataType.UINT8] + [types.DALIDataType.FLOAT] * 4,
+        ndim=[1, 1, 2, 1, 1],
     )
     encoded = fn.io.file.read(paths)
     if device == "gpu":
@@ -32,6 +33,8 @@ def _one_warp(source: Iterator[GraphInput], size: int, device: Device, half: boo
         )
     else:
         images = fn.decoders.image(encoded, device="cpu", output_type=types.DALIImageType.RGB)
+    if shrunk[0] > 0:  # per sample: most are read as they were decoded
+        images = fn.resize(images, size=shrunk, interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=True)
     images = fn.experimental.warp_perspective(
         images,
         matrices.gpu() if device == "gpu" else matrices,
@@ -71,7 +74,7 @@ def build(
         threads: CPU threads for reading and decoding.
         half: float16 output instead of float32.
     """
-    pipeline = _one_warp(
+    pipeline = define(
         source,
         size,
         device,

@@ -13,7 +13,7 @@ import torch
 
 from pipelines import graph
 from pipelines.errors import UserError
-from pipelines.geometry import UNIFORMS, Augment, Draws, compose, draw
+from pipelines.geometry import UNIFORMS, Augment, Draws, compose, decimation, draw, shrink
 from pipelines.manifest import Samples
 from pipelines.plan import Plan, rank_slice, uniforms
 
@@ -153,7 +153,12 @@ class Loader:
 
     def _graph_input(self, epoch: int, positions_N: np.ndarray) -> graph.GraphInput:
         draws = self.draws(epoch, positions_N)
-        matrix_N33 = compose(draws, self.samples.heights_N[positions_N], self.samples.widths_N[positions_N], self.size)
+        heights_N, widths_N = self.samples.heights_N[positions_N], self.samples.widths_N[positions_N]
+        matrix_N33 = compose(draws, heights_N, widths_N, self.size)
+        factor_N = decimation(matrix_N33, self.size)
+        shrunk_N2 = np.maximum(1, np.stack([heights_N, widths_N], axis=1) // factor_N[:, None])
+        matrix_N33 = shrink(matrix_N33, shrunk_N2[:, 1] / widths_N, shrunk_N2[:, 0] / heights_N)
+        shrunk_N2[factor_N == 1] = 0
         # normalised = (((x / 255 - 0.5) * contrast + 0.5 + brightness) - mean) / std = (x - shift) / scale
         contrast_N1, brightness_N1 = draws.contrast_N[:, None], draws.brightness_N[:, None]
         scale_N3 = 255.0 * self._std_3 / contrast_N1
@@ -161,6 +166,7 @@ class Loader:
         paths = [self._root + b"/" + os.fsencode(self.samples.paths[i]) for i in positions_N]
         return (
             [np.frombuffer(path, np.uint8) for path in paths],
+            shrunk_N2.astype(np.float32),
             matrix_N33.astype(np.float32),
             shift_N3.astype(np.float32),
             scale_N3.astype(np.float32),

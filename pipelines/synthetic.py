@@ -81,7 +81,7 @@ def breeds(cache: str | os.PathLike[str] | None = None, classes: int = 12, per_c
             f"breeds(per_class={per_class}, seed={seed}): a breed needs at least one picture, and a seed is "
             f"0 or more. Choose per_class from 1 up and seed from 0 to 2**63 - 1."
         )
-    cache = (_default_cache() if cache is None else Path(cache)).expanduser()
+    cache = (cache_folder() if cache is None else Path(cache)).expanduser()
     folder = cache / f"breeds-v{VERSION}-{classes}x{per_class}-seed{seed}"
     if folder.is_dir():
         return folder
@@ -110,7 +110,8 @@ def portrait(breed: int, number: int, seed: int = 0) -> Portrait:
     return paint(BREEDS[breed], (seed, breed << 32 | number))
 
 
-def _default_cache() -> Path:
+def cache_folder() -> Path:
+    """Where data sets are kept: `$ONEWARP_CACHE`, else `onewarp` in the user's cache folder."""
     if named := os.environ.get("ONEWARP_CACHE"):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "onewarp"

@@ -49,7 +49,7 @@ class TrainConfig:
     """Epochs with the head alone (and the body's batch-norms), first."""
     lr: float | None = None
     """Peak learning rate of the head. Default: found by a range test over all workers."""
-    lr_find_steps: int = 60
+    lr_find_steps: int = 50
     """Steps of the range test, at most 1,000."""
     weight_decay: float = 0.01
     """Decoupled weight decay (AdamW); norms and biases have none."""

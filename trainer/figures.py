@@ -54,8 +54,9 @@ def plot_lr_find(
     if not any(math.isclose(lr, chosen, rel_tol=1e-6) for lr in marks.values()):
         marks["chosen"] = chosen
     if known_N.any():
-        # The raw loss of the last steps may be millions; the smoothed curve decides what is seen.
-        low, high = smoothed_N[known_N].min(), smoothed_N[known_N].max()
+        # The raw loss of the last steps may be millions; the smoothed curve decides how far up is seen.
+        low = min(smoothed_N[known_N].min(), losses_N[np.isfinite(losses_N)].min(initial=np.inf))
+        high = smoothed_N[known_N].max()
         room = max(high - low, 1e-3 * max(abs(high), 1e-12))
         # Labels stand in rows of their own above the curve, where they cannot cover it or one another.
         row = 0.085 * room

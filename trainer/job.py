@@ -168,7 +168,7 @@ def prepare(config: TrainConfig, goal: Goal, console: Console) -> tuple[RunFolde
     model = models.build(config.model, head=config.head, classes=len(manifest.classes))
     models.layer_groups(model)
     source = weights.load(model, config.model, pretrained=config.pretrained, weights=config.weights)
-    console.print(f"model     {config.model}, {config.head} head; weights: {source}", highlight=False)
+    console.print(f"model     {config.model}, {config.head} head; weights: {source}", highlight=False, soft_wrap=True)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         manifest.write(folder.manifest)
@@ -247,19 +247,21 @@ def watched(folder: RunFolder, wandb_mode: TrackingMode, console: Console) -> Ge
 
         tracker = Tracker(folder.path, wandb_mode, warnings=warn)
 
-        def read() -> None:
+        def tell(on: Callable[[dict[str, Any]], None]) -> None:
             for event in journal.follow(folder.journal, stop, offset=offset):
-                progress.on(event)
-                tracker.on(event)
-            tracker.close()
+                on(event)
 
-        reader = threading.Thread(target=read, name="journal reader")
-        reader.start()
+        # Each reads for itself: a tracking server that does not answer must not hold up the display.
+        readers = [threading.Thread(target=tell, args=(reader.on,)) for reader in (progress, tracker)]
+        for reader in readers:
+            reader.start()
         try:
             yield
         finally:
             stop.set()
-            reader.join()
+            for reader in readers:
+                reader.join()
+            tracker.close()
 
 
 def summary(result: Result, config: TrainConfig, console: Console) -> None:

@@ -16,7 +16,7 @@ from trainer.journal import Journal
 from trainer.loop import Learner, train_step
 from trainer.schedule import last_and_tenth
 
-LOW, HIGH = 1e-6, 10.0
+LOW, HIGH = 1e-5, 10.0
 DIVERGED = 4.0  # times the best smoothed loss
 FALLBACK = 1e-3  # the head's rate where the curve says nothing; what fastai calls Adam's "sensible default"
 
@@ -42,7 +42,7 @@ class RangeTest:
 def range_test(
     learner: Learner, batches: Iterator[Batch], *, global_batch: int, steps: int, seed: int, journal: Journal
 ) -> RangeTest:
-    """Raise the rate from 1e-6 to 10 over `steps` steps, on all ranks together, and leave the learner as it was.
+    """Raise the rate from 1e-5 to 10 over `steps` steps, on all ranks together, and leave the learner as it was.
 
     A multiplier is swept over the layer groups, so their ratios are those of training. Every decision comes from the
     all-reduced loss, so all ranks leave at the same step. Ends early when the smoothed loss passes four times its

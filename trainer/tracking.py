@@ -110,6 +110,7 @@ class Tracker:
         config = {**event["config"], "run": facts}
         if self._run is not None:  # the workers restarted, this process did not
             self._run.config.update(config, allow_val_change=True)
+            self._exit_code = 0
             return
         # wandb's reports about itself call its server even offline, and hold up the exit by 10 s where that
         # is not reached. Who wants to send them sets the variable.
@@ -148,9 +149,10 @@ class Tracker:
             run.define_metric(f"range_test/{name}", step_metric="range_test/lr")
         self._known, self._place = run.step, 0
         for past in itertools.takewhile(lambda past: past != event, journal.read(self._journal)):
-            if past["event"] not in ("run", "failed"):
+            if past["event"] != "run":
                 self._track(past)
             self._place += 1
+        self._exit_code = 0
 
     def _on_finished(self, event: Mapping[str, Any]) -> None:
         import wandb

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipelines.geometry import UNIFORMS, Augment, augmentation, compose, draw, perspective
+from pipelines.geometry import UNIFORMS, Augment, augmentation, compose, decimation, draw, perspective, shrink
 from pipelines.plan import uniforms
 
 N = 200
@@ -94,3 +94,22 @@ def test_the_draws_of_a_sample_never_change(draws):
 def test_impossible_augmentation_is_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Augment(**bad)
+
+
+def test_decimation_follows_the_distance_between_the_pixels_read(draws):
+    size, heights_N, widths_N = 64, np.full(N, 900), np.full(N, 1000)
+    matrix_N33 = compose(draws, heights_N, widths_N, size)
+    middle = np.array([[32, 32], [32.001, 32], [32, 32.001]])
+    for matrix_33, factor in zip(matrix_N33, decimation(matrix_N33, size), strict=True):
+        centre, right, down = apply(matrix_33, middle)
+        area = abs(np.linalg.det(np.stack([right - centre, down - centre]) / 0.001))
+        assert factor == int(area**0.5)
+    assert (decimation(compose(draws, heights_N // 8, widths_N // 8, size), size) == 1).all()
+
+
+def test_a_shrunk_image_is_read_at_the_same_places(draws):
+    matrix_N33 = compose(draws, np.full(N, 900), np.full(N, 1000), 64)
+    shrunk_N33 = shrink(matrix_N33, np.full(N, 0.25), np.full(N, 0.5))
+    points = np.random.default_rng(1).uniform(0, 64, (25, 2))
+    for i in range(N):
+        assert np.allclose(apply(shrunk_N33[i], points), apply(matrix_N33[i], points) * [0.25, 0.5])

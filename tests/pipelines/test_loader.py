@@ -60,6 +60,32 @@ def test_fifty_draws_agree_with_opencv_and_grid_sample(manifest, size):
             assert np.quantile(np.abs(ours - oracle), 0.99) < 3
 
 
+@pytest.fixture(scope="module")
+def large_set(tmp_path_factory):
+    """Two large pictures: a slow gradient, and a chequerboard of single pixels."""
+    root = tmp_path_factory.mktemp("large")
+    y, x = np.mgrid[:611, :903]
+    gradient = np.stack([x / 902 * 255, y / 610 * 255, (x + y) / 1512 * 255], axis=-1)
+    for name, pixels in (("gradient", gradient), ("board", np.repeat(((x + y) % 2 * 255)[..., None], 3, axis=-1))):
+        for split in ("train", "valid"):
+            (root / split / name).mkdir(parents=True)
+            Image.fromarray(pixels.round().astype(np.uint8)).save(root / split / name / "a.png")
+    return root
+
+
+@pytest.mark.parametrize("size", [64, 100, 224])
+def test_large_images_are_shrunk_without_aliasing_and_without_a_shift(large_set, size):
+    samples = scan(large_set).valid
+    loader = Loader(samples, size=size, global_batch=2)
+    (batch,) = loader.epoch(0)
+    board, gradient = loader.pictures(batch).astype(float)
+    expected = Image.open(samples.root / samples.paths[1]).crop((146, 0, 757, 611))
+    expected = np.asarray(expected.resize((size, size), Image.Resampling.BOX), float)
+    inside = slice(2, -2)  # where the antialiasing filter does not meet the border
+    assert np.abs(gradient - expected)[inside, inside].max() < 1.5
+    assert np.abs(board - 127.5)[inside, inside].max() < 26  # read unfiltered it would be black and white
+
+
 def test_a_square_of_the_same_size_is_read_unchanged(manifest):
     row = next(i for i in range(len(manifest.train)) if manifest.train.heights_N[i] == manifest.train.widths_N[i])
     one = manifest.train.subset(np.array([row]))

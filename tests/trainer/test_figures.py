@@ -106,7 +106,7 @@ def test_batch_shows_each_image_in_reading_order(tmp_path):
 
 
 def test_top_losses_shows_nine_at_most_and_any_kind_of_image(tmp_path):
-    images = [Image.new("RGB", (40, 30), (20 * i, 0, 200)) for i in range(12)]
+    images: list = [Image.new("RGB", (40, 30), (20 * i, 0, 200)) for i in range(12)]
     images[3] = Image.new("L", (40, 30), 128)
     images[4] = np.full((50, 20, 3), (80, 0, 200), np.uint8)
     figures.plot_top_losses(tmp_path / "t.png", images, ["cat / dog / 7.31 / 0.02"] * 12)
@@ -125,5 +125,5 @@ def test_what_does_not_fit_is_refused(tmp_path):
 
 
 def test_pyplot_and_its_global_state_stay_out():
-    code = "import sys, trainer.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    code = "import runpy, sys; runpy.run_path(sys.argv[1]); sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code, figures.__file__]).returncode == 0

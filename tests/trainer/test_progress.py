@@ -57,12 +57,13 @@ def show(events, **console):
 def bar(events):
     """The text of the bar after the last of `events`, as a terminal 80 columns wide would show it."""
     terminal = Console(file=io.StringIO(), width=80, force_terminal=True, _environ={"TERM": "xterm"})
-    paper = Console(file=io.StringIO(), width=80, _environ={})
+    sheet = io.StringIO()
     with Progress(terminal) as progress:
         for item in events:
             progress.on(item)
-        paper.print(progress._live.renderable)
-    return [re.sub("[━╸╺]+ *", "━  ", line).rstrip() for line in paper.file.getvalue().splitlines()]
+        assert progress._live is not None
+        Console(file=sheet, width=80, _environ={}).print(progress._live.renderable)
+    return [re.sub("[━╸╺]+ *", "━  ", line).rstrip() for line in sheet.getvalue().splitlines()]
 
 
 def test_without_a_terminal_every_line_is_plain():
