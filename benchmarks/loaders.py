@@ -65,7 +65,7 @@ def conventional(size: int) -> list:
     return [
         v2.Resize(460),
         v2.RandomCrop(460),
-        v2.RandomRotation(10, interpolation=v2.InterpolationMode.BILINEAR),
+        v2.RandomRotation([-10, 10], interpolation=v2.InterpolationMode.BILINEAR),
         v2.RandomResizedCrop(size, scale=(0.75, 1.0), ratio=(1.0, 1.0)),
         v2.RandomPerspective(0.2, p=0.75),
         v2.RandomHorizontalFlip(),

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 import nvidia.dali.fn as fn
@@ -102,11 +102,11 @@ def examine(
     # Pillow warns about odd metadata, once for each new wording; here the pixels alone decide.
     with warnings.catch_warnings(), tempfile.TemporaryFile() as log, ThreadPoolExecutor(threads) as pool:
         warnings.simplefilter("ignore")
-        decoder = _Decoder(threads, log)
+        peek, decode = _Stage("peek", threads, log), _Stage("decode", threads, log)
         headers = pool.map(lambda window: [_read_header(file, max_pixels) for file in window], windows)
         try:
             for batch in _batches(zip(files, chain.from_iterable(headers), strict=True)):
-                sizes = iter(decoder.sizes([file for file, header in batch if isinstance(header, _Header)]))
+                sizes = _sizes(peek, decode, [file for file, header in batch if isinstance(header, _Header)])
                 for file, header in batch:
                     verdicts.append(header if isinstance(header, str) else _verdict(file, header, next(sizes)))
                 if progress is not None:
@@ -162,7 +162,7 @@ def _batches(items: Iterable[_Item]) -> Iterator[list[_Item]]:
         yield batch
 
 
-def _verdict(file: str, header: _Header, size: tuple[int, int] | str) -> Decoded | str:
+def _verdict(file: str, header: _Header, size: _Size | str) -> Decoded | str:
     if not isinstance(size, str):
         return Decoded(height=size[0], width=size[1], format=header.format)
     try:
@@ -179,23 +179,41 @@ def _short(words: str) -> str:
 
 
 @pipeline_def
-def _sizes_graph() -> Any:
+def _graph(stage: Literal["peek", "decode"]) -> Any:
     path = fn.external_source(name="path", dtype=types.DALIDataType.UINT8, ndim=1)
     # Without mmap, a file that another process cuts short meanwhile is an error instead of a SIGBUS.
     encoded = fn.io.file.read(path, dont_use_mmap=True)
+    if stage == "peek":
+        return fn.peek_image_shape(encoded)
     return fn.decoders.image(encoded, output_type=types.DALIImageType.RGB).shape()
 
 
-class _Decoder:
-    """DALI's image decoder, for files of which some are bad."""
+_Size = tuple[int, int]
 
-    def __init__(self, threads: int, log: IO[bytes]) -> None:
+
+def _sizes(peek: _Stage, decode: _Stage, files: list[str]) -> Iterator[_Size | str]:
+    """(height, width) of each decoded file, or DALI's own words on why it failed.
+
+    Where DALI's parser rejects one image of a batch, `decoders.image` (2.4) raises while its threads still
+    work on the others, and the process dies of a segmentation fault about every second time. So the same
+    parser goes first, in `peek_image_shape`, which raises cleanly; the decoder sees only what it accepted.
+    """
+    peeked = peek.sizes(files)
+    decoded = iter(decode.sizes([file for file, size in zip(files, peeked, strict=True) if isinstance(size, tuple)]))
+    return (size if isinstance(size, str) else next(decoded) for size in peeked)
+
+
+class _Stage:
+    """A pipeline of one stage, for batches with bad files among the good."""
+
+    def __init__(self, stage: Literal["peek", "decode"], threads: int, log: IO[bytes]) -> None:
+        self._stage = stage
         self._threads = threads
         self._log = log
         self._pipeline: Pipeline | None = None
 
-    def sizes(self, files: list[str]) -> list[tuple[int, int] | str]:
-        """(height, width) of each decoded file, or the decoder's own words on why it failed."""
+    def sizes(self, files: list[str]) -> list[_Size | str]:
+        """(height, width) of each file, or DALI's own words on why it failed."""
         if not files:
             return []
         try:
@@ -205,13 +223,18 @@ class _Decoder:
             self._pipeline = None
             if len(files) == 1:
                 return [self._words(error)]
-        half = len(files) // 2
-        return self.sizes(files[:half]) + self.sizes(files[half:])
+        # In eighths rather than halves: a run that fails costs more than decoding a few files again.
+        part = -(-len(files) // 8)
+        return [size for at in range(0, len(files), part) for size in self.sizes(files[at : at + part])]
 
-    def _run(self, files: list[str]) -> list[tuple[int, int] | str]:
+    def _run(self, files: list[str]) -> list[_Size | str]:
         if self._pipeline is None:
-            self._pipeline = _sizes_graph(
-                device_id=None, batch_size=_BATCH_FILES, num_threads=self._threads, prefetch_queue_depth=1
+            self._pipeline = _graph(
+                self._stage,
+                device_id=None,
+                batch_size=_BATCH_FILES,
+                num_threads=self._threads,
+                prefetch_queue_depth=1,
             )
             self._pipeline.build()
         self._pipeline.feed_input("path", [np.frombuffer(os.fsencode(file), np.uint8) for file in files])

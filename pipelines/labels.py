@@ -109,9 +109,10 @@ def _from_tree(root: Path, pattern: str | None) -> Labelling:
         if label:
             files.append(Labelled(path, _text(label), parts.get(top), found))
         else:
-            unlabelled[path] = "no class folder" if pattern is None else f"the name does not match {pattern!r}"
+            unlabelled[path] = "no class folder" if pattern is None else f"the name does not match '{pattern}'"
     if not files:
-        raise _no_match(pattern, min(unlabelled)) if pattern else _no_class_folders(root, min(unlabelled))
+        path = min(unlabelled)
+        raise _no_class_folders(root, path) if pattern is None else _no_match(pattern, path)
 
     notes = [f"{path!r} was not read a second time: it leads to {real!r}" for path, real in listing.twins.items()]
     if left_alone:
@@ -166,10 +167,10 @@ def _searcher(pattern: str) -> Callable[[str], str | None]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise UserError(f"The label pattern {pattern!r} is not a regular expression: {error}. Correct it.") from None
+        raise UserError(f"The label pattern '{pattern}' is not a regular expression: {error}. Correct it.") from None
     if not compiled.groups:
         raise UserError(
-            f"The label pattern {pattern!r} has no group. Put round brackets around the part that names "
+            f"The label pattern '{pattern}' has no group. Put round brackets around the part that names "
             r"the class, as in '(.+)_\d+\.jpg$'."
         )
 
@@ -182,7 +183,7 @@ def _searcher(pattern: str) -> Callable[[str], str | None]:
 
 def _no_match(pattern: str, path: str) -> UserError:
     return UserError(
-        f"The label pattern {pattern!r} matches none of the file names, for example "
+        f"The label pattern '{pattern}' matches none of the file names, for example "
         f"{posixpath.basename(path)!r}. Change it so that its first group is the class."
     )
 
@@ -193,7 +194,7 @@ def _no_class_folders(root: Path, path: str) -> UserError:
     if numbered:
         label, separator, suffix = numbered.groups()
         pattern = rf"(.+){re.escape(separator)}\d+{re.escape(suffix)}$"
-        hint = f"--label-regex {pattern!r} would read {label!r} from {name!r}"
+        hint = f"--label-regex '{pattern}' would read {label!r} from {name!r}"
     else:
         hint = f"--label-regex takes a pattern whose first group finds the class in names such as {name!r}"
     return UserError(

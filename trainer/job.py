@@ -173,7 +173,9 @@ def prepare(config: TrainConfig, goal: Goal, console: Console) -> tuple[RunFolde
         folder.path.mkdir(parents=True, exist_ok=True)
         manifest.write(folder.manifest)
         if manifest.quarantine:
-            write_atomic(folder.quarantine, "".join(f"{bad.path}\t{bad.reason}\n" for bad in manifest.quarantine))
+            write_atomic(
+                folder.quarantine, "".join(f"{printable(bad.path)}\t{bad.reason}\n" for bad in manifest.quarantine)
+            )
         safetensors.torch.save_file(checkpoint.tensors(model), folder.initial)
         # Last: a folder that has a configuration has everything.
         write_atomic(folder.config, json.dumps(config.as_dict(), indent=2) + "\n")
@@ -193,6 +195,11 @@ def resolve_data(config: TrainConfig, console: Console) -> tuple[Path, Labels]:
     if config.label_csv is not None:
         return folder, Csv(str(config.label_csv))
     return folder, Regex(pattern) if pattern else "folder"
+
+
+def printable(path: str) -> str:
+    """A path as it is, or escaped in quotes where it holds newlines or bytes that are no text."""
+    return path if path.isprintable() else repr(path)
 
 
 def slug(name: str) -> str:
@@ -228,7 +235,7 @@ def describe(manifest: Manifest, config: TrainConfig, console: Console) -> None:
     for note in manifest.notes:
         say(f"note      {note}")
     for bad in manifest.quarantine[:5]:
-        say(f"left out  {bad.path}: {bad.reason}")
+        say(f"left out  {printable(bad.path)}: {bad.reason}")
     more = len(manifest.quarantine) - 5
     if more > 0:
         say(f"left out  … and {more} more files; all are named in quarantine.txt in the run's folder")

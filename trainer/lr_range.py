@@ -18,6 +18,7 @@ from trainer.schedule import last_and_tenth
 
 LOW, HIGH = 1e-5, 10.0
 DIVERGED = 4.0  # times the best smoothed loss
+CHOICE = "balanced"
 FALLBACK = 1e-3  # the head's rate where the curve says nothing; what fastai calls Adam's "sensible default"
 
 
@@ -36,7 +37,7 @@ class RangeTest:
 
     @property
     def chosen(self) -> float:
-        return self.suggestions.get("valley", FALLBACK)
+        return self.suggestions.get(CHOICE, FALLBACK)
 
 
 def range_test(
@@ -78,15 +79,22 @@ def range_test(
 
 
 def suggest(lrs: list[float], smoothed: list[float], steps: int) -> dict[str, float]:
-    """Suggested rates, computed as fastai does, from the curve without its first tenth and last five points."""
+    """Suggested rates, from the curve without its first tenth and its last five points.
+
+    `valley`, `steep` and `minimum` (a tenth of it) are fastai's. `balanced` is what a person reads off the plot, as
+    the fastai book does: between the cautious valley and the bold tenth of the minimum, half-way on the log axis.
+    Empty where the loss never fell by 2%: such a curve carries no information.
+    """
     lrs_M, losses_M = np.array(lrs[steps // 10 : -5]), np.array(smoothed[steps // 10 : -5])
     if len(lrs_M) < 5 or losses_M.min() > 0.98 * losses_M[0]:
         return {}
     slope = np.diff(losses_M) / np.diff(np.log(lrs_M))
+    valley, minimum = float(lrs_M[_valley(losses_M)]), float(lrs_M[losses_M.argmin()]) / 10
     return {
-        "valley": float(lrs_M[_valley(losses_M)]),
+        "valley": valley,
         "steep": float(lrs_M[slope.argmin()]),
-        "minimum": float(lrs_M[losses_M.argmin()]) / 10,
+        "minimum": minimum,
+        "balanced": math.sqrt(valley * minimum),
     }
 
 

@@ -59,5 +59,5 @@ class RunFolder:
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file that is there whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8", errors="surrogateescape")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

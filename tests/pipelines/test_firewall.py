@@ -13,6 +13,8 @@ from PIL import Image, ImageOps
 
 from pipelines.firewall import Decoded, examine
 
+ROOT = Path(__file__).parents[2]
+
 
 def picture(width=60, height=40, seed=0, mode="RGB"):
     pixels_HWC = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -125,6 +127,23 @@ def test_bad_files_are_named_and_good_files_among_them_pass(tmp_path, hostile):
     assert steps == sorted(steps)
 
 
+def test_headers_that_only_dali_rejects_do_not_kill_the_process(tmp_path, hostile):
+    # They make DALI's decoder crash when they share a batch: see `_sizes`.
+    bad = ["fax.tif", "pixels cut.png"]
+    for name in bad:
+        (tmp_path / name).write_bytes(hostile[name][0])
+    picture(400, 300).save(tmp_path / "good.png")
+    code = (
+        "import sys; from pipelines.firewall import examine\n"
+        "for _ in range(2):\n"
+        "    verdicts = examine(sys.argv[1:] * 20)\n"
+        "    assert [isinstance(verdict, str) for verdict in verdicts] == [True, False, True, False] * 20"
+    )
+    files = [str(tmp_path / name) for name in (bad[0], "good.png", bad[1], "good.png")]
+    run = subprocess.run([sys.executable, "-c", code, *files], cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_size_is_the_displayed_one_for_every_exif_orientation(tmp_path, form):
     files, shown = [], []
@@ -178,8 +197,7 @@ def test_nothing_is_printed_and_stderr_works_afterwards(tmp_path, hostile):
         "os.write(2, b'still here')"
     )
     files = [str(tmp_path / name) for name in hostile]
-    root = Path(__file__).parents[2]
-    run = subprocess.run([sys.executable, "-c", code, *files], cwd=root, capture_output=True, check=True)
+    run = subprocess.run([sys.executable, "-c", code, *files], cwd=ROOT, capture_output=True, check=True)
     assert (run.stdout, run.stderr) == (b"", b"still here")
 
 

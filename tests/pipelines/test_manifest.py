@@ -125,7 +125,7 @@ def test_flat_folder_suggests_a_pattern_that_works(tmp_path):
     put(tmp_path, *(f"great_dane_{i}.jpg" for i in range(3)), *(f"pug_{i}.jpg" for i in range(3)))
     with pytest.raises(UserError, match="--label-csv") as caught:
         scan(tmp_path)
-    pattern = str(caught.value).split("--label-regex '")[1].split("'")[0].replace("\\\\", "\\")
+    pattern = str(caught.value).split("--label-regex '")[1].split("'")[0]
     assert scan(tmp_path, labels=Regex(pattern)).classes == ("great_dane", "pug")
 
 
@@ -339,11 +339,13 @@ def touch(path):
         lambda root: (root / "cat/1.jpg").unlink(),
         lambda root: (root / "cat/1.jpg").rename(root / "dog/9.jpg"),
         lambda root: put(root, "cat/bad.jpg"),
+        lambda root: (root / "cat/nowhere.jpg").unlink(),
         lambda root: root.rename(root.parent / "moved"),
     ],
 )
 def test_is_current_until_a_file_changes(ten, tmp_path, change):
     (ten / "cat/bad.jpg").touch()
+    (ten / "cat/nowhere.jpg").symlink_to("gone")
     scan(ten).write(tmp_path / "m")
     (ten / "notes.txt").touch()
     assert Manifest.read(tmp_path / "m").is_current()

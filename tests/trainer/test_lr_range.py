@@ -129,6 +129,7 @@ def test_suggestions_on_a_curve_with_a_known_shape():
     assert found["minimum"] == pytest.approx(lrs[used][int(np.argmin(losses[used]))] / 10)
     assert 10**-2.7 < found["steep"] < 10**-2.3  # the logistic falls fastest at 10^-2.5
     assert 1e-4 < found["valley"] < 10 * found["minimum"]
+    assert found["balanced"] ** 2 == pytest.approx(found["valley"] * found["minimum"])
 
 
 def test_the_valley_is_fastais():
