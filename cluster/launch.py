@@ -22,12 +22,14 @@ for _name, _value in QUIET_AND_LOCAL.items():
 
 import ray  # noqa: E402
 import ray.train  # noqa: E402
+import torch  # noqa: E402
 from ray.train import RunConfig, ScalingConfig  # noqa: E402
 from ray.train.torch import TorchConfig, TorchTrainer  # noqa: E402
 
 from pipelines.errors import UserError  # noqa: E402
+from trainer.config import Goal  # noqa: E402
 from trainer.ranks import Ranks  # noqa: E402
-from trainer.worker import Goal, run  # noqa: E402
+from trainer.worker import run  # noqa: E402
 
 OBJECT_STORE_BYTES = 100 * 2**20  # workers share files, not objects
 
@@ -40,21 +42,10 @@ def launch(folder: Path, goal: Goal, workers: int) -> None:
     """Run the prepared job in `folder` on `workers` processes of this machine and wait for its end.
 
     Raises:
-        UserError: the machine cannot give that many workers, or a worker met a mistake of the user's.
+        UserError: a worker met a mistake of the user's.
         WorkersError: anything else that ended a worker.
     """
-    import torch
-
     gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
-    if gpus and workers > gpus:
-        raise UserError(
-            f"--workers {workers}: this machine has {gpus} GPUs, and each worker takes one. Choose --workers {gpus}."
-        )
-    if not gpus and workers > cores:
-        raise UserError(
-            f"--workers {workers}: this machine has {cores} CPU cores and no GPU, and each worker takes a core. "
-            f"Choose --workers {cores} or less."
-        )
     with tempfile.TemporaryDirectory(prefix="onewarp-") as scratch:
         ray.init(
             address="local",

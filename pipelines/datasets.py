@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torchvision
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, first_line
 from pipelines.synthetic import breeds, cache_folder
 
 PETS_REGEX = r"^(.+)_\d+\.jpg$"
@@ -25,10 +25,9 @@ def named_dataset(name: str) -> tuple[Path, str] | None:
         try:
             torchvision.datasets.OxfordIIITPet(str(cache), download=True)
         except (urllib.error.URLError, RuntimeError, OSError) as error:
-            reason = str(error).splitlines()[0][:200]
             raise UserError(
-                f"--data pets: the Oxford-IIIT pets could not be downloaded ({reason}). Check the network, or put the "
-                f"folder oxford-iiit-pet into {cache}; --data breeds needs no network."
+                f"--data pets: the Oxford-IIIT pets could not be downloaded ({first_line(error)}). Check the network, "
+                f"or put the folder oxford-iiit-pet into {cache}; --data breeds needs no network."
             ) from None
         return cache / "oxford-iiit-pet" / "images", PETS_REGEX
     return None

@@ -1,4 +1,4 @@
-"""The one exception for mistakes that a person can mend."""
+"""The one exception for mistakes that a person can mend, and how a library's error is quoted in it."""
 
 
 class UserError(Exception):
@@ -8,3 +8,8 @@ class UserError(Exception):
     line prints it without a traceback and exits with code 2. It lives in `pipelines` because that is
     the lowest layer; `trainer` and `cluster` raise the same class.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's exception says, short enough to stand inside a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -72,7 +72,7 @@ class Loader:
         if training and global_batch > len(samples):
             raise UserError(
                 f"The batch of {global_batch} is larger than the {len(samples)} training images. "
-                f"Choose --batch {max(1, len(samples) // 4)} or less."
+                f"Choose --batch {max(2, len(samples) // 4)} or less."
             )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of a world of {world_size}")

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, first_line
 from pipelines.firewall import Decoded, examine
 from pipelines.labels import Labels, SplitFrom, digest_now, read_labels
 
@@ -183,7 +183,7 @@ class Manifest:
             table = pq.read_table(path)
             meta = json.loads((table.schema.metadata or {})[b"onewarp"])
         except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-            words = str(error).splitlines()[0]
+            words = first_line(error)
             raise UserError(f"{os.fspath(path)!r} is no manifest: {words}. Scan the images again.") from None
         if meta["version"] != _VERSION:
             raise UserError(f"The manifest {os.fspath(path)!r} is of another version. Scan the images again.")

@@ -10,9 +10,11 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, first_line
 
 SIZES = (32, 1024)
+
+Goal = Literal["train", "lr-find"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,7 @@ class TrainConfig:
     lr: float | None = None
     """Peak learning rate of the head. Default: found by a range test over all workers."""
     lr_find_steps: int = 50
-    """Steps of the range test, at most 1,000."""
+    """Most steps of the range test, 20 to 1,000; it ends when the loss explodes."""
     weight_decay: float = 0.01
     """Decoupled weight decay (AdamW); norms and biases have none."""
     seed: int = 0
@@ -86,12 +88,12 @@ class TrainConfig:
             "between 0 and 1, both excluded",
         )
         check(self.lr is None or self.lr > 0, "lr", self.lr, "greater than 0")
-        check(10 <= self.lr_find_steps <= 1000, "lr-find-steps", self.lr_find_steps, "between 10 and 1,000")
+        check(20 <= self.lr_find_steps <= 1000, "lr-find-steps", self.lr_find_steps, "between 20 and 1,000")
         check(self.weight_decay >= 0, "weight-decay", self.weight_decay, "0 or more")
         check(self.workers is None or self.workers >= 0, "workers", self.workers, "0 or more")
         check(self.threads is None or self.threads >= 1, "threads", self.threads, "1 or more")
-        check(self.seed >= 0, "seed", self.seed, "0 or more")
-        check(self.split_seed >= 0, "split-seed", self.split_seed, "0 or more")
+        check(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, below 2**63")
+        check(0 <= self.split_seed < 2**63, "split-seed", self.split_seed, "0 or more, below 2**63")
         check(
             self.label_regex is None or self.label_csv is None,
             "label-regex",
@@ -132,8 +134,8 @@ class TrainConfig:
             values = json.loads(path.read_text())
         except FileNotFoundError:
             raise UserError(f"There is no configuration at {path}.") from None
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} is not valid JSON: {error}.") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is no configuration in JSON: {first_line(error)}.") from None
         if not isinstance(values, dict):
             raise UserError(f"{path} holds a {type(values).__name__}; a configuration is a JSON object.")
         return cls.from_dict(values)

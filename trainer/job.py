@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import os
 import re
@@ -25,18 +26,18 @@ from pipelines.datasets import named_dataset
 from pipelines.errors import UserError
 from pipelines.labels import Csv, Labels, Regex
 from pipelines.manifest import Manifest, scan
-from trainer import checkpoint, journal, models, weights
-from trainer.config import TrainConfig
+from trainer import checkpoint, journal, models, precision, weights
+from trainer.config import Goal, TrainConfig
 from trainer.progress import Progress
 from trainer.ranks import Ranks
 from trainer.run_folder import RunFolder, write_atomic
 from trainer.tracking import Tracker, TrackingMode
-from trainer.worker import Goal, run
 
 # (run folder, goal, number of workers); returns when they have all ended well.
 Launcher = Callable[[Path, Goal, int], None]
 
-# Settings that may differ when a run goes on: they change where it runs, not what it computes.
+# Settings that may differ when a run goes on: the images and their order stay the same. (Another number of workers
+# draws other dropout and sees other batch statistics.)
 FREE_TO_CHANGE = {"workers", "threads", "wandb", "runs", "name"}
 
 
@@ -108,14 +109,34 @@ def lr_find(config: TrainConfig, console: Console | None = None) -> LrFind:
 def _carry_out(config: TrainConfig, goal: Goal, console: Console) -> tuple[list[dict[str, Any]], RunFolder, Manifest]:
     workers = default_workers() if config.workers is None else config.workers
     config = dataclasses.replace(config, workers=workers)
+    check_workers(workers, config.batch)
     launch = launcher(workers)
     folder, manifest = prepare(config, goal, console)
-    if any(event["event"] == "finished" for event in journal.read(folder.journal)):
+    if goal == "train" and any(event["event"] == "finished" for event in journal.read(folder.journal)):
         console.print(f"The run {folder.path.name} was finished before; this is how it ended.")
     else:
         with watched(folder, config.wandb, console):
             launch(folder.path, goal, workers)
-    return journal.read(folder.journal), folder, manifest
+    events = journal.read(folder.journal)
+    begin = max(i for i, event in enumerate(events) if event["event"] == "run")
+    return events[begin:], folder, manifest
+
+
+def check_workers(workers: int, batch: int) -> None:
+    """Raise UserError where this machine cannot give so many workers, or the batch cannot feed them."""
+    gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
+    if gpus and workers > gpus:
+        raise UserError(f"--workers {workers}: this machine has {gpus} GPUs, one for a worker. Choose {gpus} or less.")
+    if not gpus and workers > cores:
+        raise UserError(
+            f"--workers {workers}: this machine has {cores} CPU cores and no GPU, and each worker takes a core. "
+            f"Choose --workers {cores} or less."
+        )
+    if batch < 2 * workers:
+        raise UserError(
+            f"--batch {batch} gives some of the {workers} workers fewer than two images, and batch-norm has no "
+            f"variance of one. Choose --batch {2 * workers} or more, or fewer workers."
+        )
 
 
 def default_workers() -> int:
@@ -126,6 +147,8 @@ def default_workers() -> int:
 def launcher(workers: int) -> Launcher:
     """What starts the workers: this very process for none, else the engine registered as an entry point."""
     if workers == 0:
+        from trainer.worker import run  # not before: it may itself be the program that runs
+
         return lambda folder, goal, _: run(folder, goal, Ranks())
     (entry,) = importlib.metadata.entry_points(group="onewarp.launchers", name="ray")
     return entry.load()
@@ -136,10 +159,21 @@ def prepare(config: TrainConfig, goal: Goal, console: Console) -> tuple[RunFolde
 
     Everything that a person can get wrong about data and model is found here, before any worker starts.
     """
+    models.check_known(config.model)
+    if config.weights is not None and not config.weights.expanduser().is_file():
+        raise UserError(f"--weights {config.weights}: there is no such file.")
     data, labels = resolve_data(config, console)
-    name = config.name or f"{slug(data.name)}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = RunFolder((config.runs / name).absolute())
-    config = dataclasses.replace(config, data=str(data), name=name, runs=config.runs.absolute())
+    name = config.name or _new_name(config.runs, data)
+    folder = RunFolder(absolute(config.runs) / name)
+    config = dataclasses.replace(
+        config,
+        data=str(data),
+        label_csv=config.label_csv and absolute(config.label_csv),
+        weights=config.weights and absolute(config.weights),
+        precision=precision.resolve(config.precision, Ranks().device).name,
+        name=name,
+        runs=absolute(config.runs),
+    )
     if folder.config.exists():
         _check_same(folder, config)
         manifest = Manifest.read(folder.manifest)
@@ -165,8 +199,8 @@ def prepare(config: TrainConfig, goal: Goal, console: Console) -> tuple[RunFolde
             f"Choose --batch {max(2, len(manifest.train) // 4)} or less."
         )
     torch.manual_seed(config.seed)
-    model = models.build(config.model, head=config.head, classes=len(manifest.classes))
-    models.layer_groups(model)
+    model = models.build(config.model, head=config.head, classes=len(manifest.classes), size=config.size)
+    models.layer_groups(model, config.size)
     source = weights.load(model, config.model, pretrained=config.pretrained, weights=config.weights)
     console.print(f"model     {config.model}, {config.head} head; weights: {source}", highlight=False, soft_wrap=True)
     try:
@@ -190,11 +224,23 @@ def resolve_data(config: TrainConfig, console: Console) -> tuple[Path, Labels]:
     """The folder that `--data` means, and where its labels come from."""
     with console.status(f"Getting the data set {config.data} …"):
         named = named_dataset(config.data)
-    folder, regex = named or (Path(config.data).expanduser().absolute(), None)
+    folder, regex = named or (absolute(Path(config.data)), None)
     pattern = config.label_regex or regex
     if config.label_csv is not None:
         return folder, Csv(str(config.label_csv))
     return folder, Regex(pattern) if pattern else "folder"
+
+
+def absolute(path: Path) -> Path:
+    """One spelling for each place, so that the same run is known again from another folder."""
+    return Path(os.path.abspath(path.expanduser()))
+
+
+def _new_name(runs: Path, data: Path) -> str:
+    """Data and time, and a number where that is taken."""
+    base = f"{slug(data.name)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = itertools.chain([base], (f"{base}-{i}" for i in itertools.count(2)))
+    return next(name for name in names if not (absolute(runs) / name).exists())
 
 
 def printable(path: str) -> str:
@@ -288,12 +334,12 @@ def summary(result: Result, config: TrainConfig, console: Console) -> None:
 
 
 def _continuing(result: Result, config: TrainConfig) -> list[str]:
-    """The command that trains the result further."""
+    """The command that trains the result further: the same data, split and settings, another seed."""
+    replaced = {"data", "name", "lr", "pretrained", "weights", "epochs", "freeze_epochs", "seed"}
     words = ["onewarp", "train", "--data", config.data]
-    for flag in ("label_regex", "label_csv"):
-        if getattr(config, flag) is not None:
-            words += [f"--{flag.replace('_', '-')}", str(getattr(config, flag))]
-    model = RunFolder(result.folder).model
-    model = model.relative_to(Path.cwd()) if model.is_relative_to(Path.cwd()) else model
-    words += ["--model", config.model, "--head", config.head, "--size", str(config.size)]
-    return [*words, "--weights", str(model), "--freeze-epochs", "0", "--epochs", "3"]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in replaced and value != field.default:
+            words += [f"--{field.name.replace('_', '-')}", str(value)]
+    model = os.path.relpath(RunFolder(result.folder).model)
+    return [*words, "--weights", model, "--freeze-epochs", "0", "--epochs", "3", "--seed", str(config.seed + 1)]

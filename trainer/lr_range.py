@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from pipelines.loader import Batch
+from pipelines.plan import RANGE_TEST_EPOCH
 from trainer.journal import Journal
 from trainer.loop import Learner, train_step
 from trainer.schedule import last_and_tenth
@@ -58,7 +59,9 @@ def range_test(
         for step, batch in zip(range(steps), batches, strict=False):
             lr = LOW * (HIGH / LOW) ** (step / (steps - 1))
             hyper = [lr * ratio for ratio in ratios], 0.95
-            loss = train_step(learner, batch, global_batch=global_batch, hyper=hyper, noise=(seed, 2**31, step)).item()
+            loss = train_step(
+                learner, batch, global_batch=global_batch, hyper=hyper, noise=(seed, RANGE_TEST_EPOCH, step)
+            ).item()
             if not math.isfinite(loss):
                 break
             average = beta * average + (1 - beta) * loss

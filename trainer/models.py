@@ -11,8 +11,9 @@ import torch
 import torchvision
 from torch import nn
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, first_line
 
+TORCHVISION = frozenset(torchvision.models.list_models(module=torchvision.models))
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
 
 
@@ -69,30 +70,33 @@ def build_head(kind: str, features: int, classes: int) -> nn.Module:
     return head
 
 
-def build(name: str, *, head: str, classes: int) -> Classifier:
-    """A classifier with fresh weights.
+def build(name: str, *, head: str, classes: int, size: int) -> Classifier:
+    """A classifier with fresh weights, for images of `size` pixels.
 
     Raises:
         UserError: the name is unknown, or the model makes no feature map [N, F, h, w].
     """
-    body = _body(name)
+    advice = "Choose one that does, such as resnet34, convnext_tiny or tf_efficientnet_lite0."
     try:
+        body = _body(name)
         with torch.inference_mode():
-            features_NFHW = body.eval()(torch.zeros(1, 3, 64, 64))
-        is_map = features_NFHW.ndim == 4 and features_NFHW.shape[1] >= features_NFHW.shape[2]
-    except Exception:
-        is_map = False
-    if not is_map:
+            features_NFHW = body.eval()(torch.zeros(1, 3, size, size))
+    except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError) as error:
         raise UserError(
-            f"--model {name} is not a convolutional classifier: it makes no feature map [N, F, h, w] that a head "
-            "could pool. Choose one that does, such as resnet34, convnext_tiny or tf_efficientnet_lite0."
+            f"--model {name} is not a convolutional classifier, or takes no images of --size {size}: it makes no "
+            f"feature map ({first_line(error)}). {advice}"
+        ) from None
+    if features_NFHW.ndim != 4 or features_NFHW.shape[2] != features_NFHW.shape[3]:
+        raise UserError(
+            f"--model {name} is not a convolutional classifier: it makes {tuple(features_NFHW.shape)}, no feature map "
+            f"[N, F, h, w] that a head could pool. {advice}"
         )
     return Classifier(body.train(), build_head(head, features_NFHW.shape[1], classes))
 
 
 def statistics(name: str) -> Statistics:
     """The normalisation that the published weights of a body expect."""
-    if name in torchvision.models.list_models():
+    if name in TORCHVISION:
         weights = torchvision.models.get_model_weights(name)
         if not list(weights):
             return Statistics(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -105,11 +109,17 @@ def statistics(name: str) -> Statistics:
 
 
 def _body(name: str) -> nn.Module:
-    if name in torchvision.models.list_models():  # first, as in fastai
+    check_known(name)
+    if name in TORCHVISION:  # first, as in fastai
         return cut(torchvision.models.get_model(name, weights=None))
-    if name in timm.list_models():
-        return timm.create_model(name, num_classes=0, global_pool="")
-    near = difflib.get_close_matches(name, [*torchvision.models.list_models(), *timm.list_models()], n=5)
+    return timm.create_model(name, num_classes=0, global_pool="")
+
+
+def check_known(name: str) -> None:
+    """Raise UserError, with similar names, unless torchvision or timm has a classifier of this name."""
+    if name in TORCHVISION or timm.is_model(name):
+        return
+    near = difflib.get_close_matches(name, sorted(TORCHVISION | set(timm.list_models())), n=5)
     raise UserError(
         f"--model {name} is unknown to torchvision and to timm. "
         + (f"Similar names: {', '.join(near)}." if near else "`timm.list_models()` lists the names it has.")
@@ -117,21 +127,19 @@ def _body(name: str) -> nn.Module:
 
 
 def cut(model: nn.Module) -> nn.Sequential:
-    """A torchvision classifier without what follows its feature map: pooling, flattening, linear layers."""
+    """A torchvision classifier without what follows its feature map, and without auxiliary classifiers on the way."""
     kept: OrderedDict[str, nn.Module] = OrderedDict()
     for name, child in model.named_children():
-        if isinstance(child, (nn.AdaptiveAvgPool2d, nn.Linear)) or name in (
-            "classifier",
-            "avgpool",
-            "AuxLogits",
-        ):
+        if name in ("AuxLogits", "aux1", "aux2"):
+            continue
+        if isinstance(child, (nn.AdaptiveAvgPool2d, nn.Linear)) or name in ("classifier", "avgpool"):
             break
         kept[name] = child
     return nn.Sequential(kept)
 
 
 def stages(body: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The body's parts in order: its children, with sequences of blocks opened once or, where one holds all, twice."""
+    """The body's parts in order: its children, with sequences of blocks opened, twice."""
 
     def opened(prefix: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
         children = list(module.named_children())
@@ -145,7 +153,7 @@ def stages(body: nn.Module) -> list[tuple[str, nn.Module]]:
     return parts
 
 
-def layer_groups(model: Classifier) -> list[list[nn.Parameter]]:
+def layer_groups(model: Classifier, size: int) -> list[list[nn.Parameter]]:
     """Three groups, from the input to the head: body down to 1/8 of the resolution, the rest of the body, head.
 
     For a ResNet this is fastai's own cut (before layer3). Every parameter lies in exactly one group.
@@ -153,20 +161,19 @@ def layer_groups(model: Classifier) -> list[list[nn.Parameter]]:
     Raises:
         UserError: the body cannot be divided so, or a parameter would be in no group or in two.
     """
-    side = 64
     parts = stages(model.body)
     reached: dict[str, int] = {}
 
     def note(name: str):
         def hook(_module: nn.Module, _inputs: object, output: object) -> None:
             if isinstance(output, torch.Tensor) and output.ndim == 4:
-                reached[name] = side // output.shape[2]
+                reached[name] = size // output.shape[2]
 
         return hook
 
     handles = [module.register_forward_hook(note(name)) for name, module in parts]
     training = model.training
-    example_NCHW = torch.zeros(1, 3, side, side, device=next(model.parameters()).device)
+    example_NCHW = torch.zeros(1, 3, size, size, device=next(model.parameters()).device)
     with torch.inference_mode():
         model.body.eval()(example_NCHW)
     model.train(training)

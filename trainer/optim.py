@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from trainer.models import NORMS, Classifier, layer_groups
+from trainer.ranks import Ranks
 
 
-def build(model: Classifier, weight_decay: float) -> torch.optim.AdamW:
+def build(model: Classifier, weight_decay: float, size: int) -> torch.optim.AdamW:
     """AdamW over the layer groups, with fastai's constants; norms and biases are not decayed.
 
     Each torch parameter group carries `layer_group`, the index of the layer group whose rate it takes.
@@ -20,7 +21,7 @@ def build(model: Classifier, weight_decay: float) -> torch.optim.AdamW:
         if isinstance(module, NORMS) or name == "bias" or parameter.ndim <= 1
     }
     groups = []
-    for index, parameters in enumerate(layer_groups(model)):
+    for index, parameters in enumerate(layer_groups(model, size)):
         for decay, members in (
             (weight_decay, [p for p in parameters if id(p) not in plain]),
             (0.0, [p for p in parameters if id(p) in plain]),
@@ -37,7 +38,7 @@ def set_hyper(optimizer: torch.optim.Optimizer, lrs: list[float], momentum: floa
         group["betas"] = (momentum, group["betas"][1])
 
 
-def average_batch_statistics(model: nn.Module, ranks) -> None:
+def average_batch_statistics(model: nn.Module, ranks: Ranks) -> None:
     """Each rank's batch-norms have seen its own images: make the running statistics the mean over ranks."""
     for name, buffer in model.named_buffers():
         if name.endswith(("running_mean", "running_var")):

@@ -13,8 +13,8 @@ import torch
 import torchvision
 from torch import nn
 
-from pipelines.errors import UserError
-from trainer.models import Classifier, cut
+from pipelines.errors import UserError, first_line
+from trainer.models import TORCHVISION, Classifier, cut
 
 # Bodies whose weights come as a Python package: they need no network at run time.
 PACKAGED = {
@@ -39,7 +39,7 @@ def load(model: Classifier, name: str, *, pretrained: bool, weights: Path | None
     """
     if weights is not None:
         state = read(weights)
-        if any(key.startswith("head.") for key in state):
+        if any(key.startswith("body.") for key in state):
             _fit(model, state, weights)
             return f"{weights} (body and head)"
         _fit(model.body, state, weights)
@@ -70,10 +70,9 @@ def read(path: Path) -> State:
         pickle.UnpicklingError,
         safetensors.SafetensorError,
     ) as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UserError(
-            f"--weights {path} cannot be read as weights ({reason}). It must be a .safetensors file or a state dict "
-            "saved by torch.save that holds tensors alone."
+            f"--weights {path} cannot be read as weights ({first_line(error)}). It must be a .safetensors file or a "
+            "state dict saved by torch.save that holds tensors alone."
         ) from None
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
@@ -110,12 +109,11 @@ def _fit(module: nn.Module, state: State, source: Path) -> None:
 def _download(name: str) -> State:
     """The published weights of a body, through its own library (which caches them)."""
     try:
-        if name in torchvision.models.list_models():
+        if name in TORCHVISION:
             return cut(torchvision.models.get_model(name, weights="DEFAULT")).state_dict()
         return timm.create_model(name, pretrained=True, num_classes=0, global_pool="").state_dict()
     except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0][:200]
         raise UserError(
-            f"The weights of --model {name} could not be had ({reason}). Without a network choose --weights FILE,"
-            f" --model {next(iter(PACKAGED))} (its weights are installed), or --no-pretrained."
+            f"The weights of --model {name} could not be had ({first_line(error)}). Without a network choose "
+            f"--weights FILE, --model {next(iter(PACKAGED))} (its weights are installed), or --no-pretrained."
         ) from None

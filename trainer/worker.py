@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import nvidia.dali
@@ -25,14 +25,13 @@ from pipelines.loader import Batch, Loader
 from pipelines.manifest import Manifest
 from pipelines.plan import RANGE_TEST_EPOCH
 from trainer import checkpoint, evaluate, figures, models, optim, precision, schedule
+from trainer.config import Goal
 from trainer.interpret import confusion_matrix, most_confused
 from trainer.journal import Journal
 from trainer.loop import Learner, train_epoch
 from trainer.lr_range import range_test
 from trainer.ranks import Ranks
 from trainer.run_folder import RunFolder
-
-Goal = Literal["train", "lr-find"]
 
 
 def run(
@@ -74,12 +73,12 @@ def run(
     valid = Loader(manifest.valid, augment=None, **common)
 
     # Model and optimiser
-    model = models.build(config.model, head=config.head, classes=len(manifest.classes))
+    model = models.build(config.model, head=config.head, classes=len(manifest.classes), size=config.size)
     model.load_state_dict(safetensors.torch.load_file(folder.initial))
     model = model.to(device=ranks.device).to(memory_format=torch.channels_last)
-    optimizer = optim.build(model, config.weight_decay)
+    optimizer = optim.build(model, config.weight_decay, config.size)
     learner = Learner(model=model, optimizer=optimizer, precision=numbers, ranks=ranks)
-    resumed = checkpoint.load(folder.checkpoints, learner)
+    resumed = checkpoint.load(folder.checkpoints, learner) if goal == "train" else None
     journal.write(
         "run",
         name=path.name,
@@ -237,7 +236,8 @@ def main() -> None:
         config = TrainConfig.read(parser.parse_args().config)
         fine_tune(TrainConfig.from_dict({**config.as_dict(), "workers": 0}))
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

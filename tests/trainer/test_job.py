@@ -14,7 +14,7 @@ from PIL import Image
 from pipelines.errors import UserError
 from tests.trainer.conftest import PLAIN
 from trainer import TrainConfig, fine_tune, lr_find
-from trainer.job import summary
+from trainer.job import Result, _continuing, summary
 from trainer.journal import read
 from trainer.ranks import Ranks
 from trainer.worker import run
@@ -27,7 +27,7 @@ def config(small_set, tmp_path, **settings):
 
 
 def test_a_job_leaves_everything_it_promises(small_set, tmp_path, quiet):
-    settings = {"model": "resnet18", "head": "fastai", "epochs": 1, "lr_find_steps": 12, "wandb": "offline"}
+    settings = {"model": "resnet18", "head": "fastai", "epochs": 1, "lr_find_steps": 20, "wandb": "offline"}
     wanted = config(small_set, tmp_path, **settings)
     result = fine_tune(wanted, quiet)
     assert result.folder == tmp_path / "run"
@@ -56,6 +56,20 @@ def test_a_job_leaves_everything_it_promises(small_set, tmp_path, quiet):
     assert "the last 5 images of each epoch's order are dropped" in told
     assert f"error rate  {result.error_rate:.4f}" in told
     assert "--weights" in told
+
+
+def test_the_command_that_goes_on_keeps_data_split_and_settings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wanted = TrainConfig(data="photos", label_regex="(.+)_x", valid_fraction=0.3, split_seed=7, batch=32, seed=4)
+    result = Result(
+        error_rate=0, valid_loss=0, most_confused=[], quarantine=0, seconds=0, folder=tmp_path / "runs/first"
+    )
+    words = _continuing(result, wanted)
+    assert words[:2] == ["onewarp", "train"]
+    flags = dict(zip(words[2::2], words[3::2], strict=True))
+    again = {"--data": "photos", "--label-regex": "(.+)_x", "--valid-fraction": "0.3", "--split-seed": "7"}
+    again |= {"--batch": "32", "--weights": "runs/first/model.safetensors", "--seed": "5"}
+    assert flags == again | {"--freeze-epochs": "0", "--epochs": "3"}
 
 
 def test_a_run_that_stopped_goes_on_to_the_same_weights_to_the_bit(prepared, copies):
@@ -100,7 +114,7 @@ def test_a_finished_run_is_not_run_again_and_another_configuration_is_refused(sm
 
 
 def test_lr_find_alone(small_set, tmp_path, quiet):
-    found = lr_find(config(small_set, tmp_path, lr_find_steps=12), quiet)
+    found = lr_find(config(small_set, tmp_path, lr_find_steps=20), quiet)
     assert len(found.lrs) == len(found.losses) > 5
     assert (found.folder / "lr_find.png").exists()
 
@@ -139,6 +153,9 @@ def test_a_loss_that_is_no_number_stops_the_run_in_words(prepared):
         ({"label_csv": "absent.csv"}, "absent.csv"),
         ({"lr": -1}, "--lr is -1"),
         ({"name": "../escape"}, "plain folder name"),
+        ({"workers": 2, "batch": 3}, "--batch 3 gives some of the 2 workers fewer than two images"),
+        ({"workers": 4000}, "--workers 4000: this machine has"),
+        ({"seed": 2**64}, "--seed is"),
         ({"colour": "red"}, "Unknown setting 'colour'"),
     ],
 )

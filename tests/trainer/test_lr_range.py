@@ -20,10 +20,10 @@ from trainer.worker import endless, run
 
 def make_learner(ranks=Ranks()):  # noqa: B008
     torch.manual_seed(0)
-    model = models.build("resnet18", head="fastai", classes=3).to(memory_format=torch.channels_last)
+    model = models.build("resnet18", head="fastai", classes=3, size=64).to(memory_format=torch.channels_last)
     return Learner(
         model=model,
-        optimizer=optim.build(model, 0.01),
+        optimizer=optim.build(model, 0.01, 64),
         precision=precision.resolve("fp32", torch.device("cpu")),
         ranks=ranks,
     )

@@ -4,6 +4,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import torchvision
 from torch import nn
 
 from pipelines.errors import UserError
@@ -15,13 +16,13 @@ BODIES += ["tf_efficientnet_lite0", "convnext_atto", "timm_resnet"]
 
 def build(name, **options):
     name = {"timm_resnet": "resnet14t"}.get(name, name)
-    return models.build(name, **{"head": "fastai", "classes": 5, **options})
+    return models.build(name, **{"head": "fastai", "classes": 5, "size": 64, **options})
 
 
 @pytest.mark.parametrize("name", BODIES)
 def test_layer_groups_are_a_partition_and_the_model_gives_logits(name):
     model = build(name)
-    groups = models.layer_groups(model)
+    groups = models.layer_groups(model, 64)
     ids = [id(parameter) for group in groups for parameter in group]
     assert len(ids) == len(set(ids)) == len(list(model.parameters()))
     assert all(groups)
@@ -30,7 +31,7 @@ def test_layer_groups_are_a_partition_and_the_model_gives_logits(name):
 
 def test_a_resnet_is_cut_where_fastai_cuts_it():
     model = build("resnet34")
-    early, late, head = models.layer_groups(model)
+    early, late, head = models.layer_groups(model, 64)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert {names[id(p)].split(".")[1] for p in early} == {"conv1", "bn1", "layer1", "layer2"}
     assert {names[id(p)].split(".")[1] for p in late} == {"layer3", "layer4"}
@@ -39,11 +40,29 @@ def test_a_resnet_is_cut_where_fastai_cuts_it():
 
 def test_a_parameter_outside_the_groups_is_named():
     model = build("resnet18")
-    groups = models.layer_groups(model)
+    groups = models.layer_groups(model, 64)
     with pytest.raises(UserError, match=r"head\.7\.weight lies in 0"):
         models.check_partition(model, [groups[0], groups[1], groups[2][:-1]])
     with pytest.raises(UserError, match=r"body\.conv1\.weight lies in 2"):
         models.check_partition(model, [groups[0], [*groups[1], groups[0][0]], groups[2]])
+
+
+@pytest.mark.parametrize("name", ["inception_v3", "googlenet"])
+def test_auxiliary_classifiers_are_cut_out_and_nothing_else(name):
+    body = build(name, size=96).body
+    whole = torchvision.models.get_model(name, weights=None, init_weights=False, transform_input=False)
+    taken = []
+    whole.avgpool.register_forward_hook(lambda module, inputs, output: taken.append(inputs[0]))
+    body.load_state_dict({k: v for k, v in whole.state_dict().items() if k in body.state_dict()})
+    images_NCHW = torch.randn(1, 3, 96, 96)
+    with torch.inference_mode():
+        whole.eval()(images_NCHW)
+        assert torch.equal(body.eval()(images_NCHW), taken[0])
+
+
+def test_a_size_that_the_body_cannot_take_is_told():
+    with pytest.raises(UserError, match="takes no images of --size 32"):
+        build("alexnet", size=32)
 
 
 def test_the_head_is_fastais():
@@ -68,7 +87,7 @@ def test_freezing_leaves_head_and_norms():
 
 def test_norms_and_biases_are_not_decayed():
     model = build("convnext_atto")
-    optimizer = optim.build(model, 0.1)
+    optimizer = optim.build(model, 0.1, 64)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     named = dict(model.named_parameters())
     assert len(decay) == len(named)
@@ -111,11 +130,13 @@ def test_weights_of_an_earlier_run_and_of_a_plain_body_load(tmp_path):
         ("qqq", "unknown"),
         ("vit_b_16", "not a convolutional classifier"),
         ("swin_tiny_patch4_window7_224", "not a convolutional classifier"),
+        ("mambaout_femto", "not a convolutional classifier"),
+        ("fcn_resnet50", "unknown"),
     ],
 )
 def test_models_that_cannot_be_used_are_named(name, words):
     with pytest.raises(UserError, match=words):
-        models.build(name, head="fastai", classes=3)
+        models.build(name, head="fastai", classes=3, size=64)
 
 
 def test_weights_that_do_not_fit_name_the_tensors(tmp_path):
