@@ -32,6 +32,7 @@ from trainer.ranks import Ranks  # noqa: E402
 from trainer.worker import run  # noqa: E402
 
 OBJECT_STORE_BYTES = 100 * 2**20  # workers share files, not objects
+LONGEST_TEMPORARY = 24  # characters: Ray's sockets lie 83 deeper, and a socket's path ends at 107
 
 
 class WorkersError(RuntimeError):
@@ -46,7 +47,10 @@ def launch(folder: Path, goal: Goal, workers: int) -> None:
         WorkersError: anything else that ended a worker.
     """
     gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
-    with tempfile.TemporaryDirectory(prefix="onewarp-") as scratch:
+    temporary = tempfile.gettempdir()
+    if len(temporary) > LONGEST_TEMPORARY:
+        temporary = "/tmp"
+    with tempfile.TemporaryDirectory(prefix="onewarp-", dir=temporary) as scratch:
         ray.init(
             address="local",
             num_cpus=max(cores, workers),
@@ -55,6 +59,7 @@ def launch(folder: Path, goal: Goal, workers: int) -> None:
             logging_level=logging.ERROR,
             object_store_memory=OBJECT_STORE_BYTES,
             _temp_dir=scratch,
+            runtime_env={"env_vars": {"TMPDIR": scratch}},  # Ray kills its workers: what libraries leave goes with it
         )
         try:
             TorchTrainer(
