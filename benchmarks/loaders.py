@@ -124,7 +124,7 @@ def main(options: Options) -> None:
             figures[name].append(speed(sizes, options.images))
             del sizes  # ends its workers before the next way starts
     rows = [Row(name=name, samples=samples) for name, samples in figures.items()]
-    config = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items()}
+    config = {key: value for key, value in asdict(options).items() if key != "json"}
     write(
         f"Loaders, {options.size} px, {options.threads} threads", "img/s", rows, config=config, json_file=options.json
     )
