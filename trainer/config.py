@@ -72,6 +72,12 @@ class TrainConfig:
     """Name of the run and its folder; a run that stopped goes on when it is named again. Default: data and time."""
 
     def __post_init__(self) -> None:
+        # From Python a path may come as a string, and the data folder as a path.
+        object.__setattr__(self, "data", str(self.data))
+        for name in ("label_csv", "weights", "runs"):
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, Path(value))
+
         def check(good: bool, flag: str, value: object, must: str) -> None:
             if not good:
                 raise UserError(f"--{flag} is {value}; it must be {must}.")

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -180,6 +181,11 @@ def test_the_worker_runs_a_configuration_file_in_one_process(small_set, tmp_path
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert read(tmp_path / "run/journal.jsonl")[-1]["event"] == "finished"
+
+
+def test_paths_may_be_strings_and_the_folder_a_path():
+    config = TrainConfig(data=Path("a"), runs="b", weights="c", label_csv="d")  # ty: ignore[invalid-argument-type]
+    assert config == TrainConfig(data="a", runs=Path("b"), weights=Path("c"), label_csv=Path("d"))
 
 
 def test_dropout_differs_by_step_and_rank():
