@@ -46,14 +46,14 @@ def launch(folder: Path, goal: Goal, workers: int) -> None:
         UserError: a worker met a mistake of the user's.
         WorkersError: anything else that ended a worker.
     """
-    gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
+    gpus = torch.cuda.device_count()
     temporary = tempfile.gettempdir()
     if len(temporary) > LONGEST_TEMPORARY:
         temporary = "/tmp"
     with tempfile.TemporaryDirectory(prefix="onewarp-", dir=temporary) as scratch:
         ray.init(
             address="local",
-            num_cpus=max(cores, workers),
+            num_cpus=max(len(os.sched_getaffinity(0)), workers),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -70,7 +70,7 @@ def launch(folder: Path, goal: Goal, workers: int) -> None:
                 run_config=RunConfig(name="run", storage_path=f"{scratch}/storage"),  # ty: ignore[invalid-argument-type]
             ).fit()
         except ray.train.TrainingFailedError as error:
-            raise _told(error, folder) from error
+            raise _told(error) from error
         finally:
             ray.shutdown()
 
@@ -87,7 +87,7 @@ def _work(settings: dict[str, Any]) -> None:
     run(Path(settings["folder"]), settings["goal"], ranks, report=lambda metrics: ray.train.report(metrics))
 
 
-def _told(error: Exception, folder: Path) -> Exception:
+def _told(error: Exception) -> Exception:
     failures = getattr(error, "worker_failures", {})
     for failure in failures.values():
         cause: BaseException | None = failure

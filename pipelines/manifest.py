@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from pipelines.errors import UserError, first_line
 from pipelines.firewall import Decoded, examine
 from pipelines.labels import Labels, SplitFrom, digest_now, read_labels
+from pipelines.plan import permutation
 
 _VERSION = 1  # of the Parquet layout
 _SPLIT_STREAM = 2**63  # an epoch, to the generator: none that the order of training ever reaches
@@ -283,11 +284,8 @@ def scan(
 
 def _draw(n: int, fraction: float, seed: int) -> np.ndarray:
     """Which of `n` images are for validation, bool [n]: about `fraction` of them, at least one, not all."""
-    # The raw stream of a NumPy bit generator never changes between versions; `Generator.permutation` may.
-    key = np.array([seed & (2**64 - 1), _SPLIT_STREAM], np.uint64)
-    order = np.argsort(np.random.Philox(key=key).random_raw(n), kind="stable")
     valid_N = np.zeros(n, bool)
-    valid_N[order[: min(max(round(n * fraction), 1), n - 1)]] = True
+    valid_N[permutation(seed, _SPLIT_STREAM, n)[: min(max(round(n * fraction), 1), n - 1)]] = True
     return valid_N
 
 

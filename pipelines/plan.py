@@ -57,7 +57,8 @@ def uniforms(seed: int, epoch: int, ids_N: np.ndarray, count: int) -> np.ndarray
 
 
 @lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    """An order of 0..n-1 that belongs to (seed, epoch) and never changes, int64 [n]."""
     # The raw stream of a NumPy bit generator never changes between versions; `Generator.permutation` may.
     key = np.array([seed & (2**64 - 1), epoch], np.uint64)
     return np.argsort(np.random.Philox(key=key).random_raw(n), kind="stable")
@@ -90,7 +91,7 @@ class Plan:
         window = slice(step * self.global_batch, min((step + 1) * self.global_batch, self.n))
         if not self.shuffle:
             return np.arange(window.start, window.stop)
-        return _permutation(self.seed, epoch, self.n)[window]
+        return permutation(self.seed, epoch, self.n)[window]
 
 
 def rank_slice(batch: np.ndarray, rank: int, world_size: int) -> np.ndarray:

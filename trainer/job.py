@@ -111,7 +111,7 @@ def _carry_out(config: TrainConfig, goal: Goal, console: Console) -> tuple[list[
     config = dataclasses.replace(config, workers=workers)
     check_workers(workers, config.batch)
     launch = launcher(workers)
-    folder, manifest = prepare(config, goal, console)
+    folder, manifest = prepare(config, console)
     if goal == "train" and any(event["event"] == "finished" for event in journal.read(folder.journal)):
         console.print(f"The run {folder.path.name} was finished before; this is how it ended.")
     else:
@@ -154,7 +154,7 @@ def launcher(workers: int) -> Launcher:
     return entry.load()
 
 
-def prepare(config: TrainConfig, goal: Goal, console: Console) -> tuple[RunFolder, Manifest]:
+def prepare(config: TrainConfig, console: Console) -> tuple[RunFolder, Manifest]:
     """Scan the data, make the run's folder, and put into it all that the workers read.
 
     Everything that a person can get wrong about data and model is found here, before any worker starts.

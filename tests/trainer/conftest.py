@@ -37,7 +37,7 @@ def prepared(small_set: Path, tmp_path: Path, quiet: Console) -> Callable[..., P
         config = TrainConfig.from_dict(
             {**PLAIN, "data": str(small_set), "runs": str(tmp_path), "workers": 0, "name": name, **settings}
         )
-        return prepare(config, "train", quiet)[0].path
+        return prepare(config, quiet)[0].path
 
     return make
 
