@@ -79,7 +79,9 @@ class Decoded:
     """By content, whatever the file's name says: JPEG, PNG, WEBP, BMP or TIFF."""
 
 
-class _Header(NamedTuple):
+class Header(NamedTuple):
+    """What a file says of itself."""
+
     format: str
     pixels: int
 
@@ -103,10 +105,10 @@ def examine(
     with warnings.catch_warnings(), tempfile.TemporaryFile() as log, ThreadPoolExecutor(threads) as pool:
         warnings.simplefilter("ignore")
         peek, decode = _Stage("peek", threads, log), _Stage("decode", threads, log)
-        headers = pool.map(lambda window: [_read_header(file, max_pixels) for file in window], windows)
+        headers = pool.map(lambda window: [read_header(file, max_pixels) for file in window], windows)
         try:
             for batch in _batches(zip(files, chain.from_iterable(headers), strict=True)):
-                sizes = _sizes(peek, decode, [file for file, header in batch if isinstance(header, _Header)])
+                sizes = _sizes(peek, decode, [file for file, header in batch if isinstance(header, Header)])
                 for file, header in batch:
                     verdicts.append(header if isinstance(header, str) else _verdict(file, header, next(sizes)))
                 if progress is not None:
@@ -116,7 +118,8 @@ def examine(
     return verdicts
 
 
-def _read_header(file: str, max_pixels: int) -> _Header | str:
+def read_header(file: str, max_pixels: int = MAX_PIXELS) -> Header | str:
+    """What the header of a file promises, or why the file cannot be trained on."""
     try:
         with open(file, "rb") as stream:
             start = stream.read(512)
@@ -141,10 +144,10 @@ def _read_header(file: str, max_pixels: int) -> _Header | str:
         return f"{width} x {height} pixels: a side is shorter than {MIN_SIDE}"
     if max(width, height) > MAX_ASPECT * min(width, height):
         return f"{width} x {height} pixels: one side is more than {MAX_ASPECT} times the other"
-    return _Header(name, width * height)
+    return Header(name, width * height)
 
 
-_Item = tuple[str, _Header | str]
+_Item = tuple[str, Header | str]
 
 
 def _batches(items: Iterable[_Item]) -> Iterator[list[_Item]]:
@@ -152,7 +155,7 @@ def _batches(items: Iterable[_Item]) -> Iterator[list[_Item]]:
     batch: list[_Item] = []
     total = 0
     for item in items:
-        pixels = item[1].pixels if isinstance(item[1], _Header) else 0
+        pixels = item[1].pixels if isinstance(item[1], Header) else 0
         if len(batch) == _BATCH_FILES or (batch and total + pixels > _BATCH_PIXELS):
             yield batch
             batch, total = [], 0
@@ -162,13 +165,13 @@ def _batches(items: Iterable[_Item]) -> Iterator[list[_Item]]:
         yield batch
 
 
-def _verdict(file: str, header: _Header, size: _Size | str) -> Decoded | str:
+def _verdict(file: str, header: Header, size: _Size | str) -> Decoded | str:
     if not isinstance(size, str):
         return Decoded(height=size[0], width=size[1], format=header.format)
     try:
         with open(file, "rb") as stream:
             _READERS[header.format](stream).load()
-    except Exception as error:  # see _read_header
+    except Exception as error:  # see read_header
         return f"the pixels cannot be decoded: {_short(str(error))}"
     return f"DALI cannot decode this {header.format} though Pillow can; save it as PNG or JPEG: {size}"
 

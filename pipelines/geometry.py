@@ -13,6 +13,7 @@ OpenCV puts centres at integers, torch's `grid_sample(align_corners=False)` agre
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import reduce
 
 import numpy as np
 
@@ -169,12 +170,8 @@ def perspective(warp_x_N: np.ndarray, warp_y_N: np.ndarray) -> np.ndarray:
     return matrix_N33 / matrix_N33[:, 2:, 2:]
 
 
-def augmentation(draws: Draws) -> np.ndarray:
-    """`A`: where in the square each point of the output square is read, [N, 3, 3].
-
-    Read right to left: the crop (last thing to happen to the picture, first to the coordinate), flip, zoom,
-    rotation, perspective.
-    """
+def transforms(draws: Draws) -> dict[str, np.ndarray]:
+    """The single transforms inside the square by name, each [N, 3, 3], in the order in which a picture meets them."""
     n = len(draws.zoom_N)
     side = draws.crop_side_N
     crop = _matrix([[side, 0, draws.crop_x_N * (1 - side)], [0, side, draws.crop_y_N * (1 - side)], [0, 0, 1]], n)
@@ -185,7 +182,28 @@ def augmentation(draws: Draws) -> np.ndarray:
     )
     cos, sin = np.cos(draws.angle_N), np.sin(draws.angle_N)
     rotate = _matrix([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]], n)
-    return perspective(draws.warp_x_N, draws.warp_y_N) @ rotate @ zoom @ flip @ crop
+    tilt = perspective(draws.warp_x_N, draws.warp_y_N)
+    return {"perspective": tilt, "rotate": rotate, "zoom": zoom, "flip": flip, "crop": crop}
+
+
+def augmentation(draws: Draws) -> np.ndarray:
+    """`A`: where in the square each point of the output square is read, [N, 3, 3].
+
+    Read right to left: the crop (last thing to happen to the picture, first to the coordinate), flip, zoom,
+    rotation, perspective.
+    """
+    return reduce(np.matmul, transforms(draws).values())
+
+
+def stepwise(draws: Draws, size: int) -> dict[str, np.ndarray]:
+    """The same transforms as a chain of warps from `size` pixels to `size` pixels, by name, each [N, 3, 3].
+
+    What libraries do that interpolate once for each transform: the square is resized to the output size first, and each
+    of these is applied to the picture that the one before it left. Multiplied in this order behind `S @ D` they give
+    `compose`, up to rounding.
+    """
+    down = square_from_output(size)
+    return {name: np.linalg.inv(down) @ matrix_N33 @ down for name, matrix_N33 in transforms(draws).items()}
 
 
 def placement(draws: Draws, heights_N: np.ndarray, widths_N: np.ndarray) -> np.ndarray:

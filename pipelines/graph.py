@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -17,6 +18,16 @@ Device = Literal["cpu", "gpu"]
 GraphInput = tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
+def _decode(encoded: Any, device: Device) -> Any:
+    """RGB as displayed: the EXIF orientation is applied."""
+    if device == "gpu":
+        # Fancy upsampling makes the chroma of the GPU's decoder agree with the CPU's.
+        return fn.decoders.image(
+            encoded, device="mixed", output_type=types.DALIImageType.RGB, jpeg_fancy_upsampling=True
+        )
+    return fn.decoders.image(encoded, device="cpu", output_type=types.DALIImageType.RGB)
+
+
 @pipeline_def(enable_conditionals=True)
 def define(source: Iterator[GraphInput], size: int, device: Device, half: bool) -> Any:
     paths, shrunk, matrices, shift, scale = fn.external_source(
@@ -25,14 +36,7 @@ def define(source: Iterator[GraphInput], size: int, device: Device, half: bool) 
         dtype=[types.DALIDataType.UINT8] + [types.DALIDataType.FLOAT] * 4,
         ndim=[1, 1, 2, 1, 1],
     )
-    encoded = fn.io.file.read(paths)
-    if device == "gpu":
-        # Fancy upsampling makes the chroma of the GPU's decoder agree with the CPU's.
-        images = fn.decoders.image(
-            encoded, device="mixed", output_type=types.DALIImageType.RGB, jpeg_fancy_upsampling=True
-        )
-    else:
-        images = fn.decoders.image(encoded, device="cpu", output_type=types.DALIImageType.RGB)
+    images = _decode(fn.io.file.read(paths), device)
     if shrunk[0] > 0:  # per sample: most are read as they were decoded
         images = fn.resize(images, size=shrunk, interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=True)
     images = fn.experimental.warp_perspective(
@@ -86,3 +90,22 @@ def build(
     )
     pipeline.build()
     return pipeline
+
+
+@pipeline_def
+def _decode_alone() -> Any:
+    path = fn.external_source(name="path", dtype=types.DALIDataType.UINT8, ndim=1)
+    return _decode(fn.io.file.read(path, dont_use_mmap=True), "cpu")
+
+
+def decoded(path: str) -> np.ndarray:
+    """The pixels of one file as the warp reads them on a CPU, uint8 [H, W, 3].
+
+    Raises:
+        RuntimeError: DALI cannot decode the file.
+    """
+    pipeline = _decode_alone(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    pipeline.build()
+    pipeline.feed_input("path", [np.frombuffer(os.fsencode(path), np.uint8)])
+    (images,) = pipeline.run()
+    return np.array(images.at(0))

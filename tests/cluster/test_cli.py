@@ -1,28 +1,53 @@
 """The command as a person types it."""
 
-import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+from PIL import Image
+
+from cluster.cli import main
 
 
-def onewarp(*words, cwd, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "cluster.cli", *words],
+@pytest.fixture
+def onewarp(capsys, monkeypatch, tmp_path):
+    """Runs the command in an empty folder, in this process: a traceback is a failed test."""
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["onewarp", *map(str, words)])
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        told = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=told.out, stderr=told.err)
+
+    return run
+
+
+def test_the_installed_command_answers(tmp_path):
+    told = subprocess.run(
+        [sys.executable, "-m", "cluster.cli", "train", "--data", "/nowhere"],
         capture_output=True,
         text=True,
-        cwd=cwd,
-        env={**os.environ, "COLUMNS": "100", **environment},
-        check=False,
+        cwd=tmp_path,
     )
+    assert told.returncode == 2
+    assert "/nowhere" in told.stderr
+    assert "Traceback" not in told.stderr + told.stdout
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["lr-find", "--help"]])
-def test_help_reads(tmp_path, words):
-    told = onewarp(*words, cwd=tmp_path)
+@pytest.mark.parametrize(
+    "words", [["--help"], ["train", "--help"], ["lr-find", "--help"], ["show-batch", "--help"], ["summary", "--help"]]
+)
+def test_help_reads(onewarp, tmp_path, words):
+    told = onewarp(*words)
     assert told.returncode == 0
-    assert "{train,lr-find}" in told.stdout or "--data" in told.stdout
+    assert "{train,lr-find,show-batch,summary}" in told.stdout or "--label-regex" in told.stdout
     assert list(tmp_path.iterdir()) == []
 
 
@@ -35,17 +60,55 @@ def test_help_reads(tmp_path, words):
         (["--data", "DATA", "--model", "resnet34x", "--workers", "0"], "--model resnet34x is unknown"),
     ],
 )
-def test_a_mistake_is_one_paragraph_and_exit_code_2(small_set, tmp_path, words, answer):
+def test_a_mistake_is_one_paragraph_and_exit_code_2(onewarp, small_set, tmp_path, words, answer):
     words = [str(small_set) if word == "DATA" else word for word in words]
-    told = onewarp("train", *words, "--batch", "8", cwd=tmp_path)
+    told = onewarp("train", *words, "--batch", "8")
     assert told.returncode == 2
     assert answer in told.stderr
     assert "Traceback" not in told.stderr + told.stdout
     assert len(told.stderr.strip().splitlines()) == 1
 
 
-def test_an_unknown_flag_suggests_the_nearest(tmp_path):
-    told = onewarp("train", "--sise", "64", cwd=tmp_path)
+def test_an_unknown_flag_suggests_the_nearest(onewarp):
+    told = onewarp("train", "--sise", "64")
     assert told.returncode == 2
     assert "--size" in told.stderr
     assert "Traceback" not in told.stderr
+
+
+@pytest.mark.parametrize(("words", "tiles"), [([], 16), (["--same"], 12), (["--compare"], 16)])
+def test_show_batch_draws(onewarp, small_set, tmp_path, words, tiles):
+    told = onewarp("show-batch", str(small_set), "--size", "64", "--out", "look.png", *words)
+    assert told.returncode == 0, told.stderr
+    assert "picture   look.png" in told.stdout
+    with Image.open(tmp_path / "look.png") as picture:
+        columns = 4
+        assert picture.width > columns * 250
+        assert picture.height > tiles / columns * 250
+
+
+def test_the_summary_ends_with_a_batch(onewarp, small_set, tmp_path):
+    told = onewarp("summary", str(small_set), "--size", "64")
+    assert told.returncode == 0, told.stderr
+    assert "53 to train, 23 to validate" in told.stdout
+    assert "batch     53 x 3 x 64 x 64" in told.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["show-batch", "DATA", "--same", "--compare"], "--same and --compare are two pictures"),
+        (["show-batch", "DATA", "--image", "x.jpg"], "--image x.jpg"),
+        (["show-batch", "DATA", "--out", "/nowhere/x.png"], "/nowhere/x.png cannot be written"),
+        (["show-batch", "/nowhere"], "/nowhere"),
+        (["summary", "DATA", "--image", "x.jpg"], "'x.jpg' is not among the 53 images"),
+        (["summary", "DATA", "--size", "7"], "--size is 7"),
+    ],
+)
+def test_a_look_at_what_is_not_there_is_one_paragraph(onewarp, small_set, tmp_path, words, answer):
+    told = onewarp(*[str(small_set) if word == "DATA" else word for word in words])
+    assert told.returncode == 2
+    assert answer in told.stderr
+    assert "Traceback" not in told.stderr + told.stdout
+    assert len(told.stderr.strip().splitlines()) == 1

@@ -3,7 +3,19 @@
 import numpy as np
 import pytest
 
-from pipelines.geometry import UNIFORMS, Augment, augmentation, compose, decimation, draw, perspective, shrink
+from pipelines.geometry import (
+    UNIFORMS,
+    Augment,
+    augmentation,
+    compose,
+    decimation,
+    draw,
+    perspective,
+    placement,
+    shrink,
+    square_from_output,
+    stepwise,
+)
 from pipelines.plan import uniforms
 
 N = 200
@@ -47,6 +59,18 @@ def test_the_composition_equals_its_steps(draws):
         p = apply(perspective(draws.warp_x_N[i : i + 1], draws.warp_y_N[i : i + 1])[0], p)
         centre = np.array([250 + draws.place_x_N[i] * (500 - 333) / 2, 333 / 2])
         assert np.abs(apply(matrix_N33[i], points) - (p * 333 / 2 + centre)).max() < 1e-9
+
+
+def test_the_chain_of_warps_ends_where_the_one_warp_reads(draws):
+    size, heights_N, widths_N = 48, np.full(N, 333), np.full(N, 500)
+    matrix_N33 = placement(draws, heights_N, widths_N) @ square_from_output(size)
+    chain = stepwise(draws, size)
+    assert list(chain) == ["perspective", "rotate", "zoom", "flip", "crop"]
+    for step_N33 in chain.values():
+        matrix_N33 = matrix_N33 @ step_N33
+    points = np.random.default_rng(2).uniform(0, size, (25, 2))
+    for chained_33, composed_33 in zip(matrix_N33, compose(draws, heights_N, widths_N, size), strict=True):
+        assert np.abs(apply(chained_33, points) - apply(composed_33, points)).max() < 1e-9
 
 
 def test_without_augmentation_the_centred_square_is_read():

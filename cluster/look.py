@@ -1,0 +1,134 @@
+"""The verbs that look at the data before anything is trained on it: `show-batch` and `summary`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from rich.console import Console
+
+from pipelines import preview
+from pipelines.errors import UserError
+from pipelines.labels import Labels
+from pipelines.manifest import Manifest, scan
+from trainer import TrainConfig, figures
+from trainer.job import describe, resolve_data
+
+BATCH = 16  # images of a batch that are drawn
+SAME = 12  # epochs of one image
+COMPARED = 4  # images read in two ways
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What to look at; the settings mean what they mean for `train`."""
+
+    data: tyro.conf.Positional[str]
+    """Folder of images; or `breeds`, the embedded set; or `pets`, the Oxford-IIIT pets (800 MB download)."""
+    label_regex: str | None = None
+    """Labels from file names: the first group of this regular expression, as in '(.+)_\\d+\\.jpg$'."""
+    label_csv: Path | None = None
+    """Labels from a CSV file with the columns path,label[,split]; paths are relative to the data folder."""
+    valid_fraction: float = 0.2
+    """Share of the images held out where the data brings no split of its own."""
+    split_seed: int = 42
+    """Seed of that split."""
+    size: int = 224
+    """Images are squares of this many pixels."""
+    seed: int = 0
+    """Seed of order and augmentation."""
+    image: str | None = None
+    """Path of one image, relative to the folder. Default: the first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowBatch(Look):
+    """Adds what to draw, and where."""
+
+    same: bool = False
+    """Draw one image as the first 12 epochs show it."""
+    compare: bool = False
+    """Draw images read by one warp and by repeated interpolation, under the same draws, with a magnified detail."""
+    out: Path = Path("show_batch.png")
+    """Picture to write."""
+
+    def __post_init__(self) -> None:
+        if self.same and self.compare:
+            raise UserError("--same and --compare are two pictures. Give one of them.")
+        if self.image is not None and not (self.same or self.compare):
+            raise UserError(f"--image {self.image} names one image: for --same or --compare, a batch has many.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary(Look):
+    """Adds the size of the batch."""
+
+    batch: int = 64
+    """Images in a step."""
+
+
+def show_batch(config: tyro.conf.OmitArgPrefixes[ShowBatch]) -> None:
+    """Draw a batch as training sees it, with its labels, or one image under many augmentations."""
+    console = Console()
+    manifest, _ = _scanned(config, TrainConfig().batch, console)
+    train, size, seed = manifest.train, config.size, config.seed
+    if config.same:
+        position = preview.find(train, config.image)
+        pictures, titles = preview.same_pictures(train, position, size=size, seed=seed, count=SAME)
+    elif config.compare:
+        first = preview.find(train, config.image)
+        tiles, titles = [], []
+        spread = range(0, len(train), max(1, len(train) // COMPARED))[:COMPARED] if config.image is None else [first]
+        for position in spread:
+            pair = preview.compare(train, position, size=size, seed=seed)
+            tiles += [pair.once, pair.once_detail, pair.repeated, pair.repeated_detail]
+            titles += ["one warp", "detail", f"{pair.interpolations} interpolations", "detail"]
+        pictures = np.stack(tiles)
+    else:
+        pictures, titles = preview.batch_pictures(train, size=size, seed=seed, count=BATCH)
+    try:
+        figures.plot_batch(config.out, pictures, titles)
+    except OSError as error:
+        raise UserError(
+            f"The picture {config.out} cannot be written ({error.strerror}). Choose another --out."
+        ) from None
+    console.print(f"picture   {config.out}", highlight=False, markup=False, soft_wrap=True)
+
+
+def summarise(config: tyro.conf.OmitArgPrefixes[Summary]) -> None:
+    """Tell one image's whole way: file, header, pixels, label, draw, matrices, output, batch; or where it ends."""
+    console = Console()
+    manifest, labels = _scanned(config, config.batch, console)
+    lines = preview.summary(
+        manifest, labels, config.image, size=config.size, seed=config.seed, batch=min(config.batch, len(manifest.train))
+    )
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _scanned(look: Look, batch: int, console: Console) -> tuple[Manifest, Labels]:
+    """Scan and describe the folder as `train` would, its settings checked as there."""
+    config = TrainConfig(
+        data=look.data,
+        label_regex=look.label_regex,
+        label_csv=look.label_csv,
+        valid_fraction=look.valid_fraction,
+        split_seed=look.split_seed,
+        size=look.size,
+        seed=look.seed,
+        batch=batch,
+    )
+    folder, labels = resolve_data(config, console)
+    with console.status(f"Reading {folder} …"):
+        manifest = scan(
+            folder,
+            labels=labels,
+            valid_fraction=config.valid_fraction,
+            split_seed=config.split_seed,
+            threads=len(os.sched_getaffinity(0)),
+        )
+    describe(manifest, config, console)
+    return manifest, labels
