@@ -22,7 +22,7 @@ from pipelines.firewall import Decoded, examine
 from pipelines.labels import Labels, SplitFrom, digest_now, read_labels
 from pipelines.plan import permutation
 
-_VERSION = 1  # of the Parquet layout
+_VERSION = 2  # of the Parquet layout
 _SPLIT_STREAM = 2**63  # an epoch, to the generator: none that the order of training ever reaches
 
 
@@ -51,8 +51,14 @@ class Samples:
     """int32, pixels as displayed: the EXIF orientation is applied."""
     widths_N: np.ndarray
     """int32, likewise."""
+    bytes_N: np.ndarray
+    """int64, size of each file when it was scanned."""
+    mtimes_N: np.ndarray
+    """int64, time of its last modification then, ns."""
     ids_N: np.ndarray
     """int64 row number in the manifest: unique over training and validation."""
+    store: Path | None = None
+    """The store that holds the images under these ids; None where each is a file below `root`."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -65,6 +71,8 @@ class Samples:
             labels_N=self.labels_N[index],
             heights_N=self.heights_N[index],
             widths_N=self.widths_N[index],
+            bytes_N=self.bytes_N[index],
+            mtimes_N=self.mtimes_N[index],
             ids_N=self.ids_N[index],
         )
 
@@ -103,6 +111,8 @@ class Manifest:
     """The table that the labels come from."""
     digest: str
     """See `is_current`."""
+    store: Path | None = None
+    """See `Samples.store`."""
 
     @cached_property
     def train(self) -> Samples:
@@ -122,7 +132,10 @@ class Manifest:
             labels_N=self.labels_N,
             heights_N=self.heights_N,
             widths_N=self.widths_N,
+            bytes_N=self.bytes_N,
+            mtimes_N=self.mtimes_N,
             ids_N=np.arange(len(self.paths)),
+            store=self.store,
         )
 
     def is_current(self) -> bool:
@@ -151,6 +164,7 @@ class Manifest:
             "split_from": self.split_from,
             "table": self.table and str(self.table),
             "digest": self.digest,
+            "store": self.store and str(self.store),
         }
         table = pa.table(
             {
@@ -205,6 +219,7 @@ class Manifest:
             split_from=meta["split_from"],
             table=meta["table"] and Path(meta["table"]),
             digest=meta["digest"],
+            store=meta["store"] and Path(meta["store"]),
         )
 
 
