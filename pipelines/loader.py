@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,8 +15,11 @@ from pipelines.errors import UserError
 from pipelines.geometry import UNIFORMS, Augment, Draws, compose, decimation, draw, shrink
 from pipelines.manifest import Samples
 from pipelines.plan import Plan, rank_slice, uniforms
+from pipelines.standin import Spoiled, Watch
 
 HALF = (0.5, 0.5, 0.5)
+
+_Ahead = tuple[int, np.ndarray]  # step, and the positions in the set of the samples that are read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +104,7 @@ class Loader:
             "half": half,
         }
         self._mean_3, self._std_3 = np.asarray(mean, np.float64), np.asarray(std, np.float64)
-        self._root = os.fsencode(samples.root)
+        self._watch = Watch(samples, threads)
 
     @property
     def steps(self) -> int:
@@ -114,25 +116,28 @@ class Loader:
         ids_N = self.samples.ids_N[positions_N]
         return draw(self.augment, uniforms(self.seed, epoch, ids_N, UNIFORMS))
 
+    @property
+    def spoiled(self) -> tuple[Spoiled, ...]:
+        """Samples of this rank whose files have gone bad since the scan, as far as they came up.
+
+        In training each has a stand-in (see `standin`), in validation it is left out.
+        """
+        return self._watch.spoiled
+
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """This rank's batches of `epoch` from `start_step` on; closing the iterator early is free of side effects."""
-        ahead: deque[tuple[int, np.ndarray]] = deque()  # what the graph has been given and not yet returned
-
-        def source() -> Iterator[graph.GraphInput]:
-            for step in range(start_step, self.steps):
-                positions_N = rank_slice(self.plan.batch(epoch, step), self.rank, self.world_size)
-                if len(positions_N) == 0:  # the tail of a validation set may be smaller than the world
-                    continue
-                ahead.append((step, positions_N))
-                yield self._graph_input(epoch, positions_N)
-
-        # A pipeline is cheap to build (tens of milliseconds) and one that is not reused has nothing to reset.
-        pipeline = graph.build(source(), **self._graph_options)
+        pipeline, ahead = self._start(epoch, start_step)
         while True:
             try:
                 (images,) = pipeline.run()
             except StopIteration:
                 return
+            except RuntimeError:
+                # One image that cannot be decoded fails its batch and ends the pipeline: the same step, without it.
+                if not self._watch.blame([position for _, positions_N in ahead for position in positions_N.tolist()]):
+                    raise
+                pipeline, ahead = self._start(epoch, ahead[0][0])
+                continue
             step, positions_N = ahead.popleft()
             images_NHWC = torch.from_dlpack(images.as_tensor())
             yield Batch(
@@ -141,6 +146,24 @@ class Loader:
                 labels_N=torch.from_numpy(self.samples.labels_N[positions_N]).to(self._device, non_blocking=True),
                 ids_N=torch.from_numpy(self.samples.ids_N[positions_N]),
             )
+
+    def _start(self, epoch: int, step: int) -> tuple[graph.Pipeline, deque[_Ahead]]:
+        """A pipeline that reads from `step` on, and what it has been given and not yet returned."""
+        # It is cheap to build (tens of milliseconds), and one that is not reused has nothing to reset.
+        ahead: deque[_Ahead] = deque()
+        return graph.build(self._source(epoch, step, ahead), **self._graph_options), ahead
+
+    def _source(self, epoch: int, start_step: int, ahead: deque[_Ahead]) -> Iterator[graph.GraphInput]:
+        for step in range(start_step, self.steps):
+            planned_N = rank_slice(self.plan.batch(epoch, step), self.rank, self.world_size)
+            if self.augment is None:
+                positions_N = planned_N = planned_N[self._watch.readable(planned_N)]
+            else:
+                positions_N = self._watch.stand_ins(planned_N)
+            if len(positions_N) == 0:  # the tail of a validation set may be smaller than the world
+                continue
+            ahead.append((step, positions_N))
+            yield self._graph_input(positions_N, self.draws(epoch, planned_N))
 
     def alone(self, samples: Samples) -> Loader:
         """A loader that reads `samples` by validation geometry, on one rank, in one batch."""
@@ -151,8 +174,7 @@ class Loader:
         images_NHWC = batch.images_NCHW.permute(0, 2, 3, 1).float().cpu().numpy()
         return (255 * (images_NHWC * self._std_3 + self._mean_3)).round().clip(0, 255).astype(np.uint8)
 
-    def _graph_input(self, epoch: int, positions_N: np.ndarray) -> graph.GraphInput:
-        draws = self.draws(epoch, positions_N)
+    def _graph_input(self, positions_N: np.ndarray, draws: Draws) -> graph.GraphInput:
         heights_N, widths_N = self.samples.heights_N[positions_N], self.samples.widths_N[positions_N]
         matrix_N33 = compose(draws, heights_N, widths_N, self.size)
         factor_N = decimation(matrix_N33, self.size)
@@ -163,9 +185,8 @@ class Loader:
         contrast_N1, brightness_N1 = draws.contrast_N[:, None], draws.brightness_N[:, None]
         scale_N3 = 255.0 * self._std_3 / contrast_N1
         shift_N3 = 255.0 * (0.5 + (self._mean_3 - 0.5 - brightness_N1) / contrast_N1)
-        paths = [self._root + b"/" + os.fsencode(self.samples.paths[i]) for i in positions_N]
         return (
-            [np.frombuffer(path, np.uint8) for path in paths],
+            [np.frombuffer(self._watch.file(position), np.uint8) for position in positions_N.tolist()],
             shrunk_N2.astype(np.float32),
             matrix_N33.astype(np.float32),
             shift_N3.astype(np.float32),

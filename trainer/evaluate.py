@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
+from pipelines.errors import UserError
 from pipelines.loader import Loader
 from trainer import optim
 from trainer.loop import Learner
@@ -17,6 +18,8 @@ from trainer.loop import Learner
 class Judgement:
     """What the model says of each of N samples, in the order of the set; the same on every rank."""
 
+    positions_N: np.ndarray
+    """Their places in the set: all of them, but those whose files have gone bad since the scan."""
     labels_N: np.ndarray
     """True classes."""
     predicted_N: np.ndarray
@@ -39,7 +42,11 @@ def judge(learner: Learner, loader: Loader) -> Judgement:
     """Run the model over a validation set on all ranks.
 
     Each rank fills the rows of the samples it saw in a table of all samples, and the tables are summed: a row that
-    no rank or two ranks had seen would show in its count.
+    no rank or two ranks had seen would show in its count. Files gone bad since the scan are told of by the rank that
+    met them, and left out.
+
+    Raises:
+        UserError: no image of the set can be read any more.
     """
     optim.average_batch_statistics(learner.model, learner.ranks)
     ids_V = torch.from_numpy(loader.samples.ids_N)  # ascending: a split keeps the manifest's order
@@ -58,12 +65,23 @@ def judge(learner: Learner, loader: Loader) -> Judgement:
             table_V4[rows_N] += torch.stack([column.double() for column in columns], dim=1).cpu()
     learner.model.train()
     table_V4 = learner.ranks.sum(table_V4.to(learner.ranks.device)).cpu()
-    wrong = (table_V4[:, 3] != 1).nonzero().flatten()
+    expected_V = torch.ones(len(ids_V))
+    for spoiled in learner.ranks.gather(list(loader.spoiled)):
+        expected_V[torch.searchsorted(ids_V, spoiled.id)] = 0
+    wrong = (table_V4[:, 3] != expected_V).nonzero().flatten()
     if len(wrong):
         raise RuntimeError(f"validation sample {ids_V[wrong[0]]} was counted {table_V4[wrong[0], 3]:.0f} times")
+    positions_N = expected_V.nonzero().flatten().numpy()
+    if not len(positions_N):
+        raise UserError(
+            f"None of the {len(ids_V)} validation images under {str(loader.samples.root)!r} can be read any more; "
+            f"{loader.samples.paths[0]!r} is one of them. Put the images back, then repeat the command."
+        )
+    table_N4 = table_V4[positions_N].numpy()
     return Judgement(
-        labels_N=loader.samples.labels_N,
-        predicted_N=table_V4[:, 0].numpy().astype(np.int64),
-        losses_N=table_V4[:, 1].numpy(),
-        confidence_N=table_V4[:, 2].numpy(),
+        positions_N=positions_N,
+        labels_N=loader.samples.labels_N[positions_N],
+        predicted_N=table_N4[:, 0].astype(np.int64),
+        losses_N=table_N4[:, 1],
+        confidence_N=table_N4[:, 2],
     )

@@ -30,7 +30,7 @@ from trainer import checkpoint, journal, models, precision, weights
 from trainer.config import Goal, TrainConfig
 from trainer.progress import Progress
 from trainer.ranks import Ranks
-from trainer.run_folder import RunFolder, write_atomic
+from trainer.run_folder import RunFolder, printable, write_atomic
 from trainer.tracking import Tracker, TrackingMode
 
 # (run folder, goal, number of workers); returns when they have all ended well.
@@ -51,7 +51,7 @@ class Result:
     most_confused: list[tuple[str, str, int]]
     """(actual, predicted, count), most frequent first, at most five."""
     quarantine: int
-    """Files left out because they cannot be decoded or labelled."""
+    """Files left out because they could not be decoded or labelled, at the scan or since."""
     seconds: float
     """Everything from the scan on."""
     folder: Path
@@ -71,7 +71,7 @@ def fine_tune(config: TrainConfig, console: Console | None = None) -> Result:
         error_rate=finished["error_rate"],
         valid_loss=finished["valid_loss"],
         most_confused=[(a, p, n) for a, p, n in finished["most_confused"]],
-        quarantine=len(manifest.quarantine),
+        quarantine=len(manifest.quarantine) + sum(event["event"] == "quarantined" for event in events),
         seconds=time.time() - started,
         folder=folder.path,
     )
@@ -207,9 +207,7 @@ def prepare(config: TrainConfig, console: Console) -> tuple[RunFolder, Manifest]
         folder.path.mkdir(parents=True, exist_ok=True)
         manifest.write(folder.manifest)
         if manifest.quarantine:
-            write_atomic(
-                folder.quarantine, "".join(f"{printable(bad.path)}\t{bad.reason}\n" for bad in manifest.quarantine)
-            )
+            folder.write_quarantine(manifest.quarantine)
         safetensors.torch.save_file(checkpoint.tensors(model), folder.initial)
         # Last: a folder that has a configuration has everything.
         write_atomic(folder.config, json.dumps(config.as_dict(), indent=2) + "\n")
@@ -241,11 +239,6 @@ def _new_name(runs: Path, data: Path) -> str:
     base = f"{slug(data.name)}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = itertools.chain([base], (f"{base}-{i}" for i in itertools.count(2)))
     return next(name for name in names if not (absolute(runs) / name).exists())
-
-
-def printable(path: str) -> str:
-    """A path as it is, or escaped in quotes where it holds newlines or bytes that are no text."""
-    return path if path.isprintable() else repr(path)
 
 
 def slug(name: str) -> str:

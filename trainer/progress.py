@@ -11,6 +11,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from trainer.run_folder import printable
+
 # The columns of the epoch table: heading, width. fastai's, and the throughput.
 COLUMNS = (
     ("epoch", 5),
@@ -81,6 +83,10 @@ class Progress:
                 self._say(_choice(event))
             case "epoch":
                 self._on_epoch(event)
+            case "quarantined":
+                self._say(
+                    f"left out  {printable(event['path'])}: {event['reason']} (found in training)", style="yellow"
+                )
             case "warning":
                 self._say(f"warning: {event['message']}", style="yellow")
             case "finished" | "failed":

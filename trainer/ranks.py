@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,3 +38,11 @@ class Ranks:
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
+
+    def gather(self, values: list[T]) -> list[T]:
+        """The lists of all ranks, one behind the other, on each of them; the values are pickled."""
+        if self.world_size == 1:
+            return list(values)
+        lists: list[list[T]] = [[] for _ in range(self.world_size)]
+        dist.all_gather_object(lists, values)
+        return list(itertools.chain.from_iterable(lists))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipelines.manifest import Quarantined
 from trainer.config import TrainConfig
 
 
@@ -52,8 +54,17 @@ class RunFolder:
     def figure(self, name: str) -> Path:
         return self.path / f"{name}.png"
 
+    def write_quarantine(self, left_out: Iterable[Quarantined]) -> None:
+        """List the files that are left out."""
+        write_atomic(self.quarantine, "".join(f"{printable(bad.path)}\t{bad.reason}\n" for bad in left_out))
+
     def read_config(self) -> TrainConfig:
         return TrainConfig.read(self.config)
+
+
+def printable(path: str) -> str:
+    """A path as it is, or escaped in quotes where it holds newlines or bytes that are no text."""
+    return path if path.isprintable() else repr(path)
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -11,6 +11,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from pipelines.errors import UserError
 from pipelines.geometry import Augment
 from pipelines.loader import Batch, Loader
-from pipelines.manifest import Manifest
+from pipelines.manifest import Manifest, Quarantined
 from pipelines.plan import RANGE_TEST_EPOCH
 from trainer import checkpoint, evaluate, figures, models, optim, precision, schedule
 from trainer.config import Goal
@@ -140,6 +141,7 @@ def run(
         freeze_epochs=config.freeze_epochs,
     )
     judgement = None
+    lost: dict[int, Quarantined] = {}  # files gone bad since the scan
     for phase in phases:
         epochs = range(phase.first_epoch, phase.first_epoch + phase.epochs)
         begin = max(epochs.start, resumed.epoch if resumed else 0)
@@ -178,6 +180,12 @@ def run(
                 position = checkpoint.Position(epoch=epoch + 1, updates=updates, base_lr=base_lr)
                 saved = checkpoint.save(folder.checkpoints, learner, position)
                 journal.write("checkpoint", step=(epoch + 1) * train.steps, path=str(saved.relative_to(path)))
+            for spoiled in ranks.gather([*train.spoiled, *valid.spoiled]):
+                if spoiled.id not in lost:
+                    lost[spoiled.id] = Quarantined(path=spoiled.path, reason=spoiled.reason)
+                    journal.write("quarantined", epoch=epoch, **asdict(spoiled))
+            if lead and lost:
+                folder.write_quarantine([*manifest.quarantine, *lost.values()])
             report(metrics)
 
     # Judgement and files
@@ -214,15 +222,16 @@ def show_batch(folder: RunFolder, loader: Loader, classes: tuple[str, ...]) -> N
 def show_top_losses(folder: RunFolder, loader: Loader, judgement: evaluate.Judgement, classes: tuple[str, ...]) -> None:
     """Draw the validation images that the model is most wrong about."""
     worst = np.argsort(-judgement.losses_N, kind="stable")[:9]
-    order = np.sort(worst)
-    batch = next(loader.alone(loader.samples.subset(order)).epoch(0))
-    images = dict(zip(order.tolist(), loader.pictures(batch), strict=True))
-    titles = [
-        f"{classes[judgement.predicted_N[i]]} / {classes[judgement.labels_N[i]]} / "
+    samples = loader.samples.subset(judgement.positions_N[worst])
+    pictures: dict[int, np.ndarray] = {}
+    for batch in loader.alone(samples).epoch(0):
+        pictures.update(zip(batch.ids_N.tolist(), loader.pictures(batch), strict=True))
+    title = {
+        id: f"{classes[judgement.predicted_N[i]]} / {classes[judgement.labels_N[i]]} / "
         f"{judgement.losses_N[i]:.2f} / {judgement.confidence_N[i]:.2f}"
-        for i in worst
-    ]
-    figures.plot_top_losses(folder.figure("top_losses"), [images[i] for i in worst.tolist()], titles)
+        for id, i in zip(samples.ids_N.tolist(), worst, strict=True)
+    }
+    figures.plot_top_losses(folder.figure("top_losses"), list(pictures.values()), [title[id] for id in pictures])
 
 
 def main() -> None:

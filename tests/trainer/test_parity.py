@@ -63,3 +63,27 @@ def test_a_sample_counted_twice_is_noticed(prepared, monkeypatch):
     monkeypatch.setattr(evaluate.torch, "searchsorted", lambda sorted_V, ids_N: ids_N * 0)
     with pytest.raises(RuntimeError, match="counted"):
         run(path, "train", Ranks())
+
+
+def test_files_that_go_bad_after_the_scan_are_told_and_no_rank_waits(prepared, copies):
+    alone = prepared("alone", epochs=1, freeze_epochs=1, lr=2e-3, batch=7, seed=1)
+    together = copies(alone, "together")
+    manifest = Manifest.read(alone / "manifest.parquet")
+    hidden = [manifest.root / part.paths[2] for part in (manifest.train, manifest.valid)]
+    try:
+        for path in hidden:
+            path.rename(path.with_suffix(".hidden"))
+        run(alone, "train", Ranks())
+        on_ranks(2, train, together)
+    finally:
+        for path in hidden:
+            path.with_suffix(".hidden").rename(path)
+    for path in (alone, together):
+        told = [event["path"] for event in read(path / "journal.jsonl") if event["event"] == "quarantined"]
+        assert sorted(told) == [manifest.train.paths[2], manifest.valid.paths[2]]
+        assert manifest.valid.paths[2] in (path / "quarantine.txt").read_text()
+    assert len(losses(alone)) == len(losses(together)) == 2 * (53 // 7)
+    assert np.abs(losses(together) / losses(alone) - 1).max() < 1e-4
+    for a, b in zip(epochs(alone), epochs(together), strict=True):
+        assert a["error_rate"] == b["error_rate"]
+        assert round(a["error_rate"] * 22, 6) % 1 == 0  # of the 22 that are left
