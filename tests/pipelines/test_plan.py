@@ -73,6 +73,37 @@ def test_the_order_never_changes():
     assert far.batch(2**31, 3_000_000).tolist() == [5601191, 7112837, 1738628]
 
 
+def order_by_hand(seed, epoch, n):
+    """The Feistel network and the walk beyond n, one number at a time, without NumPy's wrapping arithmetic."""
+    rows = next(r for r in range(2, n + 3, 2) if r * r >= n)
+    columns = max(1, -(-n // rows))
+    keys = []
+    for i in range(8 if columns >= 16 else 24):
+        counter = np.array([[epoch % 2**32, epoch // 2**32, i, 2**32 - 1]], np.uint32)
+        a, b, c, d = map(int, philox_4x32(counter, (seed % 2**32, seed // 2**32))[0])
+        keys.append((a + b * 2**32, c + d * 2**32))
+
+    def moved(place, line, length, key):
+        mixed = (line * (key[0] | 1) + key[1]) % 2**64
+        mixed = (mixed ^ (mixed >> 32)) * 0x9E3779B97F4A7C15 % 2**64
+        return (place + (mixed >> 32) * length // 2**32) % length
+
+    def follow(cell):
+        row, column = divmod(cell, columns)
+        for i in range(0, len(keys), 2):
+            row = moved(row, column, rows, keys[i])
+            column = moved(column, row, columns, keys[i + 1])
+        cell = row * columns + column
+        return cell if cell < n else follow(cell)
+
+    return [follow(place) for place in range(n)]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 11, 16, 17, 97, 300, 1025])
+def test_the_order_is_the_one_described(n):
+    assert permutation(2**35 + 3, 2**33 + 1, n).tolist() == order_by_hand(2**35 + 3, 2**33 + 1, n)
+
+
 def test_every_order_is_complete():
     for n in range(260):
         assert np.array_equal(np.sort(permutation(n, 3, n)), np.arange(n))
