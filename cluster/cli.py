@@ -9,6 +9,7 @@ import tyro
 from rich.console import Console
 
 from cluster.look import show_batch, summarise
+from cluster.pack import pack
 from pipelines.errors import UserError
 from trainer import TrainConfig, fine_tune, lr_find
 from trainer.job import summary
@@ -39,7 +40,7 @@ def main() -> None:
     """Entry point: a user's mistake is one paragraph and exit code 2, Ctrl-C is 130."""
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"train": train, "lr-find": find_rate, "show-batch": show_batch, "summary": summarise},
+            {"train": train, "lr-find": find_rate, "show-batch": show_batch, "summary": summarise, "pack": pack},
             prog="onewarp",
             description="Distributed training of image classifiers: one warp an image, every rank fed.",
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
@@ -23,8 +24,8 @@ COMPARED = 4  # images read in two ways
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
-    """What to look at; the settings mean what they mean for `train`."""
+class Source:
+    """Which images; the settings mean what they mean for `train`."""
 
     data: tyro.conf.Positional[str]
     """Folder of images; or `breeds`, the embedded set; or `pets`, the Oxford-IIIT pets (800 MB download)."""
@@ -36,6 +37,12 @@ class Look:
     """Share of the images held out where the data brings no split of its own."""
     split_seed: int = 42
     """Seed of that split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look(Source):
+    """Adds how they are read, and which of them."""
+
     size: int = 224
     """Images are squares of this many pixels."""
     seed: int = 0
@@ -73,7 +80,7 @@ class Summary(Look):
 def show_batch(config: tyro.conf.OmitArgPrefixes[ShowBatch]) -> None:
     """Draw a batch as training sees it, with its labels, or one image under many augmentations."""
     console = Console()
-    manifest, _ = _scanned(config, TrainConfig().batch, console)
+    manifest, _ = _described(config, TrainConfig().batch, console)
     train, size, seed = manifest.train, config.size, config.seed
     if config.same:
         position = preview.find(train, config.image)
@@ -101,7 +108,7 @@ def show_batch(config: tyro.conf.OmitArgPrefixes[ShowBatch]) -> None:
 def summarise(config: tyro.conf.OmitArgPrefixes[Summary]) -> None:
     """Tell one image's whole way: file, header, pixels, label, draw, matrices, output, batch; or where it ends."""
     console = Console()
-    manifest, labels = _scanned(config, config.batch, console)
+    manifest, labels = _described(config, config.batch, console)
     lines = preview.summary(
         manifest, labels, config.image, size=config.size, seed=config.seed, batch=min(config.batch, len(manifest.train))
     )
@@ -109,17 +116,15 @@ def summarise(config: tyro.conf.OmitArgPrefixes[Summary]) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _scanned(look: Look, batch: int, console: Console) -> tuple[Manifest, Labels]:
-    """Scan and describe the folder as `train` would, its settings checked as there."""
+def scanned(source: Source, console: Console, **settings: Any) -> tuple[Manifest, Labels, TrainConfig]:
+    """Scan the folder as `train` would; `settings` are further ones of `TrainConfig`, which checks them all."""
     config = TrainConfig(
-        data=look.data,
-        label_regex=look.label_regex,
-        label_csv=look.label_csv,
-        valid_fraction=look.valid_fraction,
-        split_seed=look.split_seed,
-        size=look.size,
-        seed=look.seed,
-        batch=batch,
+        data=source.data,
+        label_regex=source.label_regex,
+        label_csv=source.label_csv,
+        valid_fraction=source.valid_fraction,
+        split_seed=source.split_seed,
+        **settings,
     )
     folder, labels = resolve_data(config, console)
     with console.status(f"Reading {folder} …"):
@@ -130,5 +135,11 @@ def _scanned(look: Look, batch: int, console: Console) -> tuple[Manifest, Labels
             split_seed=config.split_seed,
             threads=len(os.sched_getaffinity(0)),
         )
+    return manifest, labels, config
+
+
+def _described(look: Look, batch: int, console: Console) -> tuple[Manifest, Labels]:
+    """Scan the folder and describe it."""
+    manifest, labels, config = scanned(look, console, size=look.size, seed=look.seed, batch=batch)
     describe(manifest, config, console)
     return manifest, labels

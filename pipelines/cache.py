@@ -75,7 +75,8 @@ class Cache:
             manifest: whose rows are kept; its labels and split do not matter.
             parent: the folder that the cache's own folder lies in. Default: `synthetic.cache_folder()`.
             limit: bytes of pixels. Rows are taken in a seeded order until the first that does not fit. Default: half of
-                what is free on the disk as the cache is made; a cache that is there keeps its limit.
+                what is free on the disk as the cache is made, or the limit of the cache that is there. One that was
+                kept with another limit than the one given is made anew.
             keep: leave the cache behind for the next run; otherwise the last process that closes it removes it.
             warn: told, once, when the disk is full and nothing more is kept.
 
@@ -182,7 +183,7 @@ def _join(folder: Path, manifest: Manifest, digest: str, limit: int | None, keep
     try:
         alone = _alone(lock)
         if alone and _is_at(lock, folder):
-            if not _fits(_read(folder), digest, limit):
+            if not _fits(folder, digest, limit):
                 _make(folder, manifest, digest, limit)
             # Until it is closed in order, what is in it is what the page cache of this boot says.
             _write_meta(folder, _read(folder) | {"boot": _boot(), "keep": keep})
@@ -191,7 +192,7 @@ def _join(folder: Path, manifest: Manifest, digest: str, limit: int | None, keep
             os.close(lock)
             return None
         meta = _read(folder)
-        if not _fits(meta, digest, limit):
+        if not _fits(folder, digest, limit):
             if alone or not meta:  # its maker failed, or it changed hands
                 os.close(lock)
                 return None
@@ -225,24 +226,28 @@ def _make(folder: Path, manifest: Manifest, digest: str, limit: int | None) -> N
     np.save(folder / _INDEX, np.column_stack([np.where(fits_N, ends_N - bytes_N, -1), sizes_N2]))
     with open(folder / _PIXELS, "wb") as stream:
         stream.truncate(max(1, int(ends_N[-1])))  # an empty file cannot be mapped
-    with open(folder / _COMPLETE, "wb") as stream:
-        stream.write(bytes(n))
-    _write_meta(folder, {"version": _VERSION, "rows": digest, "limit": limit, "boot": _boot(), "keep": False})
+    (folder / _COMPLETE).write_bytes(bytes(n))
+    files = {name: (folder / name).stat().st_size for name in (_INDEX, _PIXELS, _COMPLETE)}
+    meta = {"version": _VERSION, "rows": digest, "limit": limit, "files": files, "boot": _boot(), "keep": False}
+    _write_meta(folder, meta)
 
 
-def _fits(meta: dict[str, Any], digest: str, limit: int | None) -> bool:
+def _fits(folder: Path, digest: str, limit: int | None) -> bool:
     """Whether a cache can be used as it is. One that was not closed before the machine went down cannot."""
+    meta = _read(folder)
     return (
         (meta.get("version"), meta.get("rows")) == (_VERSION, digest)
         and limit in (None, meta["limit"])
         and meta["boot"] in (None, _boot())
+        and all((folder / name).stat().st_size == length for name, length in meta["files"].items())
     )
 
 
 def _read(folder: Path) -> dict[str, Any]:
     """`cache.json`; empty where there is none, or none that can be read."""
     with suppress(OSError, ValueError):
-        return json.loads((folder / _META).read_bytes())
+        meta = json.loads((folder / _META).read_bytes())
+        return meta if isinstance(meta, dict) else {}
     return {}
 
 

@@ -50,7 +50,7 @@ def pack(
 
     Args:
         manifest: of image files, as `scan` gives it; its quarantine is kept in the store's manifest.
-        out: its parent exists.
+        out: in a folder that exists.
         kind: "encoded" copies the bytes of the files, EXIF orientation included; "decoded" stores pixels.
         short_side: images whose shorter side is longer are shrunk to it by Pillow's Lanczos filter, from the decoded
             pixels as displayed, and in an encoded store become JPEG without subsampling of the chroma.
@@ -72,10 +72,9 @@ def pack(
     sources = hashlib.sha256(store.rows_digest(manifest).encode())
     sources.update(repr(manifest.classes).encode() + manifest.labels_N.tobytes() + manifest.valid_N.tobytes())
     source = sources.hexdigest()
-    if os.path.lexists(path):
+    check_place(path)
+    if path.exists():
         return _same(path, kind, recipe, source)
-    if not path.parent.is_dir():
-        raise UserError(f"The folder {str(path.parent)!r}, in which {path.name!r} is to be written, does not exist.")
     plan = _Plan(manifest, kind, short_side, quality)
     _check_space(path, plan.needed(), kind)
     try:
@@ -108,10 +107,20 @@ def pack(
     return Store.open(path)
 
 
+def check_place(out: str | os.PathLike[str]) -> None:
+    """Raise UserError where no store could be written, whatever is packed: to say so before a long scan."""
+    path = Path(os.path.abspath(out))
+    if os.path.lexists(path) and not store.is_store(path):
+        raise UserError(f"{str(path)!r} exists and is no store. Choose another place, or remove it.")
+    if not path.parent.is_dir():
+        raise UserError(
+            f"There is no folder {str(path.parent)!r}, in which {path.name!r} is to be written. Make it, or choose "
+            "another place."
+        )
+
+
 def _same(path: Path, kind: Kind, recipe: dict[str, Any], source: str) -> Store:
     """The store at `path`, which must be what would be written there."""
-    if not store.is_store(path):
-        raise UserError(f"{str(path)!r} exists and is no store. Choose another place, or remove it.")
     there = Store.open(path)
     if (there.kind, there.recipe) != (kind, recipe):
         made = ", ".join(f"{key} {value}" for key, value in there.recipe.items() if value is not None)

@@ -2,31 +2,9 @@
 
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 from PIL import Image
-
-from cluster.cli import main
-
-
-@pytest.fixture
-def onewarp(capsys, monkeypatch, tmp_path):
-    """Runs the command in an empty folder, in this process: a traceback is a failed test."""
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["onewarp", *map(str, words)])
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        told = capsys.readouterr()
-        return SimpleNamespace(returncode=code, stdout=told.out, stderr=told.err)
-
-    return run
 
 
 def test_the_installed_command_answers(tmp_path):
@@ -42,12 +20,13 @@ def test_the_installed_command_answers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["train", "--help"], ["lr-find", "--help"], ["show-batch", "--help"], ["summary", "--help"]]
+    "words",
+    [["--help"], *([verb, "--help"] for verb in ("train", "lr-find", "show-batch", "summary", "pack"))],
 )
 def test_help_reads(onewarp, tmp_path, words):
     told = onewarp(*words)
     assert told.returncode == 0
-    assert "{train,lr-find,show-batch,summary}" in told.stdout or "--label-regex" in told.stdout
+    assert "{train,lr-find,show-batch,summary,pack}" in told.stdout or "--label-regex" in told.stdout
     assert list(tmp_path.iterdir()) == []
 
 
