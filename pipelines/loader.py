@@ -15,7 +15,11 @@ from pipelines.errors import UserError
 from pipelines.geometry import UNIFORMS, Augment, Draws, compose, decimation, draw, shrink
 from pipelines.manifest import Samples
 from pipelines.plan import Plan, rank_slice, uniforms
+<<<<<<< HEAD
 from pipelines.standin import Spoiled, Watch
+=======
+from pipelines.window import below, rows
+>>>>>>> 85a7d14 (Decode only the rows that the warp reads, peek before the decoder, quicker normalise; graphs for memory and for stores)
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -102,6 +106,8 @@ class Loader:
             "device_id": device_id,
             "threads": threads,
             "half": half,
+            "same_channels": len(set(mean)) == len(set(std)) == 1,
+            "largest": (int(samples.heights_N.max(initial=0)), int(samples.widths_N.max(initial=0))),
         }
         self._mean_3, self._std_3 = np.asarray(mean, np.float64), np.asarray(std, np.float64)
         self._watch = Watch(samples, threads)
@@ -127,9 +133,12 @@ class Loader:
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """This rank's batches of `epoch` from `start_step` on; closing the iterator early is free of side effects."""
         pipeline, ahead = self._start(epoch, start_step)
+        # On a GPU a batch belongs to torch's stream: torch's kernels wait for DALI's without the host's help, and the
+        # memory of a batch that Python drops is used again only behind the kernels already queued to read it.
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         while True:
             try:
-                (images,) = pipeline.run()
+                (images,) = pipeline.run(stream)
             except StopIteration:
                 return
             except RuntimeError:
@@ -180,15 +189,21 @@ class Loader:
         factor_N = decimation(matrix_N33, self.size)
         shrunk_N2 = np.maximum(1, np.stack([heights_N, widths_N], axis=1) // factor_N[:, None])
         matrix_N33 = shrink(matrix_N33, shrunk_N2[:, 1] / widths_N, shrunk_N2[:, 0] / heights_N)
+        # The filter that shrinks an image reads beyond the rows of the warp: where it is at work, all of them.
+        rows_N2 = np.stack([np.zeros_like(heights_N), heights_N], axis=1)
+        if graph.reads_rows("files", self._graph_options["device"]):
+            rows_N2 = np.where(factor_N[:, None] > 1, rows_N2, rows(matrix_N33, heights_N, self.size))
+        matrix_N33 = below(matrix_N33, rows_N2[:, 0])
         shrunk_N2[factor_N == 1] = 0
         # normalised = (((x / 255 - 0.5) * contrast + 0.5 + brightness) - mean) / std = (x - shift) / scale
         contrast_N1, brightness_N1 = draws.contrast_N[:, None], draws.brightness_N[:, None]
         scale_N3 = 255.0 * self._std_3 / contrast_N1
         shift_N3 = 255.0 * (0.5 + (self._mean_3 - 0.5 - brightness_N1) / contrast_N1)
-        return (
-            [np.frombuffer(self._watch.file(position), np.uint8) for position in positions_N.tolist()],
-            shrunk_N2.astype(np.float32),
-            matrix_N33.astype(np.float32),
-            shift_N3.astype(np.float32),
-            scale_N3.astype(np.float32),
+        return graph.GraphInput(
+            images=[np.frombuffer(self._watch.file(position), np.uint8) for position in positions_N.tolist()],
+            shrunk_N2=shrunk_N2.astype(np.float32),
+            matrix_N33=matrix_N33.astype(np.float32),
+            shift_N3=shift_N3.astype(np.float32),
+            scale_N3=scale_N3.astype(np.float32),
+            rows_N2=rows_N2.astype(np.int32),
         )
