@@ -3,28 +3,43 @@
 Two walls, one behind the other. The header, read by Pillow, costs almost nothing and keeps out what should
 never reach a decoder: files that are no images, formats the decoder lacks, headers that promise a hundred
 megapixels. Then DALI decodes the pixels, because DALI is what training decodes with: a file is good when the
-very operator that will read it in every epoch can read it, and its size is the size that operator gave.
+very operator that will read it in every epoch reads it without a complaint, and its size is the size that
+operator gave.
+
+A complaint need not be an error. libjpeg goes on after a broken stream and makes up the rest, and where
+libtiff gives up, DALI (2.4) falls back on a reader that leaves the rest blank: both print a line and deliver
+pixels. So what the decoders print is read as well. A flipped bit that no decoder notices, as in most places
+of a JPEG without restart markers, stays unnoticed.
+
+Colours are read as they are stored. An alpha channel is dropped, not blended with a background that nobody
+named: OpenCV and torchvision do the same. Sixteen bits become eight by value / 257, rounded. CMYK, grey and
+palettes become RGB, and the EXIF orientation is applied; one that stands in XMP alone is not.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import re
+import struct
 import sys
 import tempfile
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
+import nvidia.dali
 import nvidia.dali.fn as fn
 import nvidia.dali.types as types
 from nvidia.dali import Pipeline, pipeline_def
+from PIL import Image
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
@@ -36,14 +51,19 @@ MAX_PIXELS = 100_000_000
 MIN_SIDE = 2
 MAX_ASPECT = 100
 
-_HEADER_WINDOW = 256  # files in one task of the pool that reads headers ahead of the decoder
+MAX_BYTES = 2**30  # a file is held in memory, and DALI's samples end at twice that
+DECODER = f"DALI {nvidia.dali.__version__}"
+
 _BATCH_FILES = 64
 _BATCH_PIXELS = 64_000_000  # a batch holds about 190 MB of decoded pixels, or one larger image
+_GROUP_FILES = 16  # files in one task of the pool that reads ahead of the decoder,
+_GROUP_BYTES = 16_000_000  # or one larger file
 _REASON_LENGTH = 200
+_EXIF_ORIENTATION = 0x0112
 
-# Naming the readers, rather than calling Image.open, leaves only these five parsers within a hostile file's
-# reach, and makes `max_pixels` the only limit on size: Pillow's own is a process-wide setting.
-_READERS: dict[str, type[ImageFile]] = {
+# By `Decoded.format`. Naming the readers, rather than calling Image.open, leaves only these five parsers within a
+# hostile file's reach, and makes `max_pixels` the only limit on size: Pillow's own is a process-wide setting.
+READERS: dict[str, type[ImageFile]] = {
     "JPEG": JpegImageFile,
     "PNG": PngImageFile,
     "WEBP": WebPImageFile,
@@ -77,180 +97,323 @@ class Decoded:
     """Columns as displayed."""
     format: str
     """By content, whatever the file's name says: JPEG, PNG, WEBP, BMP or TIFF."""
+    orientation: int
+    """Of the stored pixels, 1 to 8 as EXIF counts; 1 where nothing is said."""
+    transparent: bool
+    """The file has an alpha channel or transparent colours, which the decoder drops."""
+    hash: bytes
+    """The first 16 bytes of the SHA-256 of the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    """Why a file cannot be trained on."""
+
+    reason: str
+    """In words, one line."""
+    lasting: bool = True
+    """True for as long as the file's bytes stay the same; permissions and limits may change without them."""
 
 
 class Header(NamedTuple):
     """What a file says of itself."""
 
     format: str
-    pixels: int
+    width: int
+    """As stored."""
+    height: int
+    orientation: int
+    transparent: bool
+
+
+Progress = Callable[[int, int], None]
 
 
 def examine(
     files: Sequence[str],
     *,
     threads: int = 2,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     max_pixels: int = MAX_PIXELS,
-) -> list[Decoded | str]:
-    """Decode each file and say, in the order of `files`, what came out or, as a string, why nothing did.
+) -> list[Decoded | Refused]:
+    """Decode each file and say, in the order of `files`, what came out or why nothing did.
 
-    `files` are absolute paths of regular files, as `os.fsdecode` gives them. `progress(done, total)` is
-    called after each batch, on the caller's thread. Python's warnings are off for the process, and what
-    other threads write to file descriptor 2 while a batch decodes is lost, until this returns.
+    `files` are absolute paths of regular files, as `os.fsdecode` gives them. Each is read once.
+    `progress(done, total)` is called after each batch, on the caller's thread. Python's warnings are off for
+    the process, and what other threads write to file descriptor 2 while a batch decodes is lost, until this
+    returns.
     """
-    windows = [files[start : start + _HEADER_WINDOW] for start in range(0, len(files), _HEADER_WINDOW)]
-    verdicts: list[Decoded | str] = []
+    verdicts: list[Decoded | Refused] = []
     # Pillow warns about odd metadata, once for each new wording; here the pixels alone decide.
     with warnings.catch_warnings(), tempfile.TemporaryFile() as log, ThreadPoolExecutor(threads) as pool:
         warnings.simplefilter("ignore")
-        peek, decode = _Stage("peek", threads, log), _Stage("decode", threads, log)
-        headers = pool.map(lambda window: [read_header(file, max_pixels) for file in window], windows)
+        files_per_batch = max(_BATCH_FILES, 8 * threads)
+        peek, decode = (_Stage(stage, files_per_batch, threads, log) for stage in _STAGES)
         try:
-            for batch in _batches(zip(files, chain.from_iterable(headers), strict=True)):
-                sizes = _sizes(peek, decode, [file for file, header in batch if isinstance(header, Header)])
-                for file, header in batch:
-                    verdicts.append(header if isinstance(header, str) else _verdict(file, header, next(sizes)))
+            for batch in _batches(_read_ahead(pool, files, max_pixels, threads + 1), files_per_batch):
+                found = iter(_decode(peek, decode, [item for item in batch if isinstance(item, _Loaded)], log))
+                verdicts += [item if isinstance(item, Refused) else next(found) for item in batch]
                 if progress is not None:
                     progress(len(verdicts), len(files))
-        finally:  # an interrupt need not wait for the headers still queued
+        finally:  # an interrupt need not wait for the files still queued
             pool.shutdown(cancel_futures=True)
     return verdicts
 
 
-def read_header(file: str, max_pixels: int = MAX_PIXELS) -> Header | str:
+def read_header(file: str, max_pixels: int = MAX_PIXELS) -> Header | Refused:
     """What the header of a file promises, or why the file cannot be trained on."""
+    loaded = _load(file, max_pixels)
+    return loaded if isinstance(loaded, Refused) else loaded.header
+
+
+class _Loaded(NamedTuple):
+    """A file whose header promises an image."""
+
+    header: Header
+    encoded: bytes
+    hash: bytes
+
+    @property
+    def weight(self) -> int:
+        """What it adds to a batch's memory, in pixels: those it will have, or its bytes where they are more."""
+        return max(self.header.width * self.header.height, len(self.encoded))
+
+
+def _load(file: str, max_pixels: int) -> _Loaded | Refused:
     try:
         with open(file, "rb") as stream:
             start = stream.read(512)
-            stream.seek(0)
             name = next((name for name, magic in _MAGIC if re.match(magic, start, re.DOTALL)), None)
             if not start:
-                return "the file is empty"
+                return Refused(reason="the file is empty")
             if name is None:
-                return f"not an image: it starts with {start[:16].decode('ascii', 'backslashreplace')!r}"
-            if name not in _READERS:
-                return f"{name} is not supported by the decoder; convert it to JPEG or PNG"
-            try:
-                width, height = _READERS[name](stream).size
-            except Exception as error:  # a parser may raise anything at all on a hostile header
-                return f"the {name} header is damaged: {_short(str(error))}"
+                words = start[:16].decode("ascii", "backslashreplace")
+                return Refused(reason=f"not an image: it starts with {words!r}")
+            if name not in READERS:
+                return Refused(reason=f"{name} is not supported by the decoder; convert it to JPEG or PNG")
+            size = os.fstat(stream.fileno()).st_size
+            if size > MAX_BYTES:
+                return Refused(reason=f"the file has {size:,} bytes, more than the limit of {MAX_BYTES:,}")
+            stream.seek(0)
+            encoded = stream.read()
     except OSError as error:
-        return f"the file cannot be read: {_short(error.strerror or str(error))}"
+        return Refused(reason=f"the file cannot be read: {_short(error.strerror or str(error))}", lasting=False)
+    try:
+        image = READERS[name](io.BytesIO(encoded))
+        width, height = image.size
+    except Exception as error:  # a parser may raise anything at all on a hostile header
+        return Refused(reason=f"the {name} header is damaged: {_short(str(error))}")
     if width * height > max_pixels:
         limit = f"{max_pixels / 1e6:g} megapixels"
-        return f"the header promises {width} x {height} pixels, more than the limit of {limit}"
+        words = f"the header promises {width} x {height} pixels, more than the limit of {limit}"
+        return Refused(reason=words, lasting=False)
     if min(width, height) < MIN_SIDE:
-        return f"{width} x {height} pixels: a side is shorter than {MIN_SIDE}"
+        return Refused(reason=f"{width} x {height} pixels: a side is shorter than {MIN_SIDE}")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        return f"{width} x {height} pixels: one side is more than {MAX_ASPECT} times the other"
-    return Header(name, width * height)
+        return Refused(reason=f"{width} x {height} pixels: one side is more than {MAX_ASPECT} times the other")
+    transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+    header = Header(name, width, height, _orientation(image, encoded), transparent)
+    return _Loaded(header, encoded, hashlib.sha256(encoded).digest()[:16])
 
 
-_Item = tuple[str, Header | str]
+def _orientation(image: ImageFile, encoded: bytes) -> int:
+    """1 to 8. From EXIF alone, as the decoder has it: Pillow's own `getexif` also looks into XMP."""
+    if isinstance(image, TiffImageFile):
+        value = image.tag_v2.get(_EXIF_ORIENTATION)
+    else:
+        exif = Image.Exif()
+        try:
+            exif.load(image.info.get("exif") or (_png_exif(encoded) if isinstance(image, PngImageFile) else b""))
+        except Exception:  # see _load
+            return 1
+        value = exif.get(_EXIF_ORIENTATION)
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _batches(items: Iterable[_Item]) -> Iterator[list[_Item]]:
+def _png_exif(encoded: bytes) -> bytes:
+    """The EXIF chunk wherever it stands: the decoder heeds it behind the pixels too, where Pillow has yet to come."""
+    at = 8
+    while at + 8 <= len(encoded):
+        length, kind = struct.unpack_from(">I4s", encoded, at)
+        if kind == b"eXIf":
+            return encoded[at + 8 : at + 8 + length]
+        at += 12 + length
+    return b""
+
+
+def _read_ahead(pool: Executor, files: Sequence[str], max_pixels: int, ahead: int) -> Iterator[_Loaded | Refused]:
+    """Each file read, in order, by threads that stay at most `ahead` groups in front of whoever asks."""
+    tasks: deque[Future[list[_Loaded | Refused]]] = deque()
+    for group in _groups(files):
+        tasks.append(pool.submit(lambda group: [_load(file, max_pixels) for file in group], group))
+        if len(tasks) > ahead:
+            yield from tasks.popleft().result()
+    while tasks:
+        yield from tasks.popleft().result()
+
+
+def _groups(files: Iterable[str]) -> Iterator[list[str]]:
+    """Some files at a time, few enough to hold those of several groups in memory."""
+    group: list[str] = []
+    total = 0
+    for file in files:
+        try:
+            size = os.stat(file).st_size
+        except OSError:  # whoever reads it will say so
+            size = 0
+        if len(group) == _GROUP_FILES or (group and total + size > _GROUP_BYTES):
+            yield group
+            group, total = [], 0
+        group.append(file)
+        total += size
+    if group:
+        yield group
+
+
+def _batches(items: Iterable[_Loaded | Refused], files: int) -> Iterator[list[_Loaded | Refused]]:
     """Group files so that neither their number nor their pixels, and with them the memory, grow large."""
-    batch: list[_Item] = []
+    batch: list[_Loaded | Refused] = []
     total = 0
     for item in items:
-        pixels = item[1].pixels if isinstance(item[1], Header) else 0
-        if len(batch) == _BATCH_FILES or (batch and total + pixels > _BATCH_PIXELS):
+        weight = item.weight if isinstance(item, _Loaded) else 0
+        if len(batch) == files or (batch and total + weight > _BATCH_PIXELS):
             yield batch
             batch, total = [], 0
         batch.append(item)
-        total += pixels
+        total += weight
     if batch:
         yield batch
 
 
-def _verdict(file: str, header: Header, size: _Size | str) -> Decoded | str:
-    if not isinstance(size, str):
-        return Decoded(height=size[0], width=size[1], format=header.format)
-    try:
-        with open(file, "rb") as stream:
-            _READERS[header.format](stream).load()
-    except Exception as error:  # see read_header
-        return f"the pixels cannot be decoded: {_short(str(error))}"
-    return f"DALI cannot decode this {header.format} though Pillow can; save it as PNG or JPEG: {size}"
-
-
 def _short(words: str) -> str:
-    words = " ".join(words.split())
+    words = " ".join(words.encode("utf-8", "backslashreplace").decode().split())
     return words if len(words) <= _REASON_LENGTH else words[: _REASON_LENGTH - 1] + "…"
 
 
+_StageName = Literal["peek", "decode"]
+_STAGES: tuple[_StageName, _StageName] = ("peek", "decode")
+
+
 @pipeline_def
-def _graph(stage: Literal["peek", "decode"]) -> Any:
-    path = fn.external_source(name="path", dtype=types.DALIDataType.UINT8, ndim=1)
-    # Without mmap, a file that another process cuts short meanwhile is an error instead of a SIGBUS.
-    encoded = fn.io.file.read(path, dont_use_mmap=True)
+def _graph(stage: _StageName) -> Any:
+    encoded = fn.external_source(name="encoded", dtype=types.DALIDataType.UINT8, ndim=1)
     if stage == "peek":
         return fn.peek_image_shape(encoded)
     return fn.decoders.image(encoded, output_type=types.DALIImageType.RGB).shape()
 
 
-_Size = tuple[int, int]
+class _Result(NamedTuple):
+    """What a stage made of one file."""
+
+    size: tuple[int, int] | None
+    """(height, width) as displayed, or None where the stage failed."""
+    complaints: str
+    """What was printed meanwhile, if it tells of trouble, or DALI's own words."""
 
 
-def _sizes(peek: _Stage, decode: _Stage, files: list[str]) -> Iterator[_Size | str]:
-    """(height, width) of each decoded file, or DALI's own words on why it failed.
+# Lines that make it worth while to look at the files of a batch one by one: an error that a second decoder
+# took over from, and the warnings of libjpeg (jerror.h) after which the pixels are not those of the file.
+_DAMAGE = re.compile(
+    r"Corrupt JPEG data(?!: bad ICC)|Premature end of JPEG|Inconsistent progression|Input file read error"
+    r"|Unsupported marker|Bogus"
+)
+_TROUBLE = re.compile(rf"\[ERROR|{_DAMAGE.pattern}")
+
+
+def _decode(peek: _Stage, decode: _Stage, files: list[_Loaded], log: IO[bytes]) -> list[Decoded | Refused]:
+    """What the decoder makes of each file.
 
     Where DALI's parser rejects one image of a batch, `decoders.image` (2.4) raises while its threads still
     work on the others, and the process dies of a segmentation fault about every second time. So the same
     parser goes first, in `peek_image_shape`, which raises cleanly; the decoder sees only what it accepted.
     """
-    peeked = peek.sizes(files)
-    decoded = iter(decode.sizes([file for file, size in zip(files, peeked, strict=True) if isinstance(size, tuple)]))
-    return (size if isinstance(size, str) else next(decoded) for size in peeked)
+    peeked = peek.run([file.encoded for file in files])
+    accepted = [file.encoded for file, result in zip(files, peeked, strict=True) if result.size]
+    decoded = iter(decode.run(accepted))
+    return [
+        _verdict(file, next(decoded) if result.size else result, log)
+        for file, result in zip(files, peeked, strict=True)
+    ]
+
+
+def _verdict(file: _Loaded, result: _Result, log: IO[bytes]) -> Decoded | Refused:
+    header, size, complaints = file.header, result.size, result.complaints
+    if complaints:
+        try:
+            with _stderr_to(log):
+                READERS[header.format](io.BytesIO(file.encoded)).load()
+        except Exception as error:  # see _load
+            return Refused(reason=f"the pixels cannot be decoded: {_short(str(error))}")
+        damage = next((line for line in complaints.splitlines() if _DAMAGE.search(line)), None)
+        if damage is not None:
+            return Refused(reason=f"the pixels are damaged: {_short(damage)}; save it again if it looks whole")
+    if size is None:
+        words = _short(next(line for line in complaints.splitlines() if line.strip()))
+        return Refused(
+            reason=f"DALI cannot decode this {header.format} though Pillow can; save it as PNG or JPEG: {words}"
+        )
+    return Decoded(
+        height=size[0],
+        width=size[1],
+        format=header.format,
+        orientation=header.orientation,
+        transparent=header.transparent,
+        hash=file.hash,
+    )
 
 
 class _Stage:
     """A pipeline of one stage, for batches with bad files among the good."""
 
-    def __init__(self, stage: Literal["peek", "decode"], threads: int, log: IO[bytes]) -> None:
+    def __init__(self, stage: _StageName, batch: int, threads: int, log: IO[bytes]) -> None:
         self._stage = stage
+        self._batch = batch
         self._threads = threads
         self._log = log
         self._pipeline: Pipeline | None = None
 
-    def sizes(self, files: list[str]) -> list[_Size | str]:
-        """(height, width) of each file, or DALI's own words on why it failed."""
+    def run(self, files: list[bytes]) -> list[_Result]:
+        """The result for each file, none of them another's fault."""
         if not files:
             return []
         try:
-            return self._run(files)
+            sizes = self._sizes(files)
         except RuntimeError as error:
             # One bad file fails its whole batch and leaves the pipeline unusable.
             self._pipeline = None
             if len(files) == 1:
-                return [self._words(error)]
+                # DALI's message quotes the graph's source first, and often only counts the sample that failed.
+                return [
+                    _Result(None, "\n".join([self._printed(), str(error).partition("encountered:")[2], str(error)]))
+                ]
+        else:
+            printed = self._printed()
+            if not _TROUBLE.search(printed):
+                return [_Result(size, "") for size in sizes]
+            if len(files) == 1:
+                return [_Result(sizes[0], printed)]
         # In eighths rather than halves: a run that fails costs more than decoding a few files again.
         part = -(-len(files) // 8)
-        return [size for at in range(0, len(files), part) for size in self.sizes(files[at : at + part])]
+        return [result for at in range(0, len(files), part) for result in self.run(files[at : at + part])]
 
-    def _run(self, files: list[str]) -> list[_Size | str]:
+    def _sizes(self, files: list[bytes]) -> list[tuple[int, int]]:
         if self._pipeline is None:
             self._pipeline = _graph(
                 self._stage,
                 device_id=None,
-                batch_size=_BATCH_FILES,
+                batch_size=self._batch,
                 num_threads=self._threads,
                 prefetch_queue_depth=1,
             )
             self._pipeline.build()
-        self._pipeline.feed_input("path", [np.frombuffer(os.fsencode(file), np.uint8) for file in files])
+        self._pipeline.feed_input("encoded", [np.frombuffer(file, np.uint8) for file in files])
         with _stderr_to(self._log):
             outputs: Any = self._pipeline.run()
         return [(int(height), int(width)) for height, width, _ in outputs[0].as_array()]
 
-    def _words(self, error: RuntimeError) -> str:
+    def _printed(self) -> str:
         self._log.seek(0)
-        log = re.sub(r"\x1b\[[\d;]*m", "", self._log.read().decode("utf-8", "backslashreplace"))
-        # DALI's message quotes the graph's source first, and often only counts the sample that failed.
-        lines = log.splitlines() + str(error).partition("encountered:")[2].splitlines() + [str(error)]
-        return _short(next(line for line in lines if line.strip()))
+        return re.sub(r"\x1b\[[\d;]*m", "", self._log.read().decode("utf-8", "backslashreplace"))
 
 
 _STDERR = threading.Lock()
@@ -260,9 +423,9 @@ _STDERR = threading.Lock()
 def _stderr_to(file: IO[bytes]) -> Generator[None]:
     """Send file descriptor 2 into `file`, emptied first.
 
-    The C libraries below the decoder (libjpeg, libpng, libtiff, OpenCV) print what ails a file straight to
+    The C libraries below DALI and Pillow (libjpeg, libpng, libtiff, OpenCV) print what ails a file straight to
     descriptor 2, where no Python object can stop it: on a person's terminal, in the midst of the progress
-    display. In `file` it is the best explanation of a failure that there is.
+    display. In `file` it is the best explanation of a failure that there is, and for some the only sign.
     """
     with _STDERR:
         file.seek(0)

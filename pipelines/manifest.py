@@ -1,28 +1,30 @@
 """Every usable image of a folder with its label, split and size, and the unusable ones with a reason.
 
-files --> listing --> labels --> firewall --> split --> manifest (Parquet)
+files --> listing --> labels --> firewall --> split --> duplicates --> manifest (Parquet)
 """
 
 from __future__ import annotations
 
 import json
 import os
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines import duplicates, firewall, parquet, verdicts
 from pipelines.errors import UserError, first_line
-from pipelines.firewall import Decoded, examine
+from pipelines.firewall import Decoded, Progress, Refused
 from pipelines.labels import Labels, SplitFrom, digest_now, read_labels
+from pipelines.listing import Found
 from pipelines.plan import permutation
 
-_VERSION = 2  # of the Parquet layout
+_VERSION = 3  # of the Parquet layout
 _SPLIT_STREAM = 2**63  # an epoch, to the generator: none that the order of training ever reaches
 
 
@@ -101,10 +103,16 @@ class Manifest:
     """int64, size of the file."""
     mtimes_N: np.ndarray
     """int64, time of the file's last modification, ns."""
+    orientations_N: np.ndarray
+    """uint8, EXIF orientation of the stored pixels, 1 to 8."""
+    hashes_N16: np.ndarray
+    """uint8, the first 16 bytes of the SHA-256 of each file."""
     quarantine: tuple[Quarantined, ...]
     """In the order of their paths."""
     notes: tuple[str, ...]
     """What the user should know, in words."""
+    warnings: tuple[str, ...]
+    """What makes a measured error untrue, in words: images that stand in training and in validation."""
     split_from: SplitFrom
     """Where the split into training and validation comes from."""
     table: Path | None
@@ -161,6 +169,7 @@ class Manifest:
             "classes": self.classes,
             "quarantine": [(bad.path, bad.reason) for bad in self.quarantine],
             "notes": self.notes,
+            "warnings": self.warnings,
             "split_from": self.split_from,
             "table": self.table and str(self.table),
             "digest": self.digest,
@@ -176,16 +185,12 @@ class Manifest:
                 "bytes": self.bytes_N,
                 "mtime_ns": self.mtimes_N,
                 "format": pa.array(self.formats),
+                "orientation": self.orientations_N,
+                "hash": pa.array([row.tobytes() for row in self.hashes_N16], pa.binary(16)),
             },
             metadata={"onewarp": json.dumps(meta)},
         )
-        temporary = f"{os.fspath(path)}.{uuid.uuid4().hex}.tmp"
-        try:
-            pq.write_table(table, temporary)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        parquet.write(table, path)
 
     @staticmethod
     def read(path: str | os.PathLike[str]) -> Manifest:
@@ -214,13 +219,28 @@ class Manifest:
             formats=tuple(table["format"].to_pylist()),
             bytes_N=table["bytes"].to_numpy(),
             mtimes_N=table["mtime_ns"].to_numpy(),
+            orientations_N=table["orientation"].to_numpy(),
+            hashes_N16=_rows16(table["hash"].to_pylist()),
             quarantine=tuple(Quarantined(path=name, reason=reason) for name, reason in meta["quarantine"]),
             notes=tuple(meta["notes"]),
+            warnings=tuple(meta["warnings"]),
             split_from=meta["split_from"],
             table=meta["table"] and Path(meta["table"]),
             digest=meta["digest"],
             store=meta["store"] and Path(meta["store"]),
         )
+
+
+def _rows16(hashes: Sequence[bytes]) -> np.ndarray:
+    return np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 16)
+
+
+class Examine(Protocol):
+    """Whatever does the work of `firewall.examine`, here or on other machines."""
+
+    def __call__(
+        self, files: Sequence[str], *, progress: Progress | None, max_pixels: int
+    ) -> list[Decoded | Refused]: ...
 
 
 def scan(
@@ -229,18 +249,27 @@ def scan(
     labels: Labels = "folder",
     valid_fraction: float = 0.2,
     split_seed: int = 42,
+    max_pixels: int = firewall.MAX_PIXELS,
     threads: int = 2,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
+    examine: Examine | None = None,
+    reuse: bool = True,
 ) -> Manifest:
     """List, label and decode every image of a folder.
+
+    What becomes of each file is kept in `cache_folder()`, and taken from there as long as the file has the same
+    size and time of modification: another split, other labels or one more file decode what is new alone.
 
     Args:
         root: the folder. Where it holds train/ and one of valid/, validation/ and val/, those are the split.
         labels: "folder" takes the first folder below the root, or below train/ and so on, as the class.
         valid_fraction: share of the images to draw for validation where neither folders nor a table say.
         split_seed: seed of that draw, which also depends on the number of usable images.
+        max_pixels: images with more are refused.
         threads: threads to decode with.
-        progress: called with (files decoded, files in all) now and then.
+        progress: called with (files decoded, files to decode) now and then; never where nothing is to be decoded.
+        examine: does the decoding instead of this process's threads.
+        reuse: False decodes all files again, as may be wise after a disk failed.
 
     Raises:
         UserError: the folder, the labels or the split cannot be used as they are.
@@ -259,10 +288,19 @@ def scan(
         labelling.split_from,
     )
 
-    verdicts = examine([str(folder / file.path) for file in labelling.files], threads=threads, progress=progress)
-    pairs = list(zip(labelling.files, verdicts, strict=True))
+    verdict_of = _verdicts(
+        folder,
+        {file.path: file.found for file in labelling.files},
+        max_pixels,
+        progress,
+        examine or partial(firewall.examine, threads=threads),
+        reuse,
+    )
+    pairs = [(file, verdict_of[file.path]) for file in labelling.files]
     usable = [(file, verdict) for file, verdict in pairs if isinstance(verdict, Decoded)]
-    rejected = labelling.rejected | {file.path: verdict for file, verdict in pairs if isinstance(verdict, str)}
+    rejected = labelling.rejected | {
+        file.path: verdict.reason for file, verdict in pairs if isinstance(verdict, Refused)
+    }
     quarantine = tuple(Quarantined(path=path, reason=why) for path, why in sorted(rejected.items()))
     if not usable:
         first = f"{quarantine[0].path!r}: {quarantine[0].reason}"
@@ -277,11 +315,27 @@ def scan(
     classes = tuple(sorted(set(names)))
     lost = sorted({file.label for file in labelling.files} - set(names))
     notes = [*labelling.notes, *(f"the class {name!r} has no usable image and was left out" for name in lost)]
+    if transparent := sum(decoded.transparent for _, decoded in usable):
+        notes.append(f"{transparent:,} images have transparent parts: the colours stored there are read as they are")
+    paths = tuple(file.path for file, _ in usable)
+    hashes_N16 = _rows16([decoded.hash for _, decoded in usable])
+    groups = duplicates.identical(hashes_N16)
+    if groups:
+        copies = sum(map(len, groups)) - len(groups)
+        some = duplicates.listed(np.stack([group[:2] for group in groups]), paths, "=")
+        notes.append(f"groups of identical files: {len(groups):,}, with {copies:,} to spare: {some}")
+    warnings = []
+    leaks_P2 = duplicates.leaks(groups, valid_N)
+    if len(leaks_P2):
+        warnings.append(
+            f"{len(leaks_P2):,} of {valid_N.sum():,} validation images are in training too, byte for byte, which makes "
+            f"the error look smaller than it is: {duplicates.listed(leaks_P2, paths, '=')}"
+        )
     label_of = {name: label for label, name in enumerate(classes)}
     return Manifest(
         root=folder,
         classes=classes,
-        paths=tuple(file.path for file, _ in usable),
+        paths=paths,
         labels_N=np.array([label_of[name] for name in names], np.int64),
         valid_N=valid_N,
         heights_N=np.array([decoded.height for _, decoded in usable], np.int32),
@@ -289,12 +343,37 @@ def scan(
         formats=tuple(decoded.format for _, decoded in usable),
         bytes_N=np.array([file.found.bytes for file, _ in usable], np.int64),
         mtimes_N=np.array([file.found.mtime_ns for file, _ in usable], np.int64),
+        orientations_N=np.array([decoded.orientation for _, decoded in usable], np.uint8),
+        hashes_N16=hashes_N16,
         quarantine=quarantine,
         notes=tuple(notes),
+        warnings=tuple(warnings),
         split_from=labelling.split_from,
         table=labelling.table,
         digest=labelling.digest,
     )
+
+
+def _verdicts(
+    folder: Path, files: dict[str, Found], max_pixels: int, progress: Progress | None, examine: Examine, reuse: bool
+) -> dict[str, Decoded | Refused]:
+    """The verdict on each file, remembered or new."""
+    known = verdicts.recall(folder) if reuse else {}
+    still = {
+        path: one
+        for path, one in known.items()
+        if one.found == files.get(path)
+        and (isinstance(one.verdict, Refused) or one.verdict.height * one.verdict.width <= max_pixels)
+    }
+    new = [path for path in files if path not in still]
+    if new:
+        examined = examine([str(folder / path) for path in new], progress=progress, max_pixels=max_pixels)
+        fresh = {path: verdicts.Known(files[path], one) for path, one in zip(new, examined, strict=True)}
+        # Files that this scan was not about are remembered too, unless they are gone.
+        others = {path: one for path, one in known.items() if path not in files and os.path.lexists(folder / path)}
+        still |= fresh
+        verdicts.remember(folder, others | still)
+    return {path: one.verdict for path, one in still.items()}
 
 
 def _draw(n: int, fraction: float, seed: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from torch.nn.functional import grid_sample
 
 from pipelines import graph
 from pipelines.errors import UserError, first_line
-from pipelines.firewall import examine, read_header
+from pipelines.firewall import Refused, examine, read_header
 from pipelines.geometry import (
     UNIFORMS,
     Augment,
@@ -217,23 +217,21 @@ def _read(file: str) -> Iterator[str]:
     except OSError as error:
         raise UserError(f"The way ends at the file: {file!r} cannot be read ({error.strerror}).") from None
     header = read_header(file)
-    if isinstance(header, str):
-        raise UserError(f"The way ends at the header: {header}. Replace the file, or leave it out.")
+    if isinstance(header, Refused):
+        raise UserError(f"The way ends at the header: {header.reason}. Replace the file, or leave it out.")
     with Image.open(file) as opened:
-        width, height = opened.size
-        yield f"header    {header.format}, {opened.mode}, {width} x {height}"
+        yield f"header    {header.format}, {opened.mode}, {header.width} x {header.height}"
     (verdict,) = examine([file], threads=1)
-    if isinstance(verdict, str):
-        raise UserError(f"The way ends at the pixels: {verdict}. Replace the file, or leave it out.")
+    if isinstance(verdict, Refused):
+        raise UserError(f"The way ends at the pixels: {verdict.reason}. Replace the file, or leave it out.")
     try:
         pixels_HWC = graph.decoded(file)
     except RuntimeError as error:
         raise UserError(f"The way ends at the pixels: {first_line(error)}.") from None
-    with Image.open(file) as opened:  # a PNG may hold its EXIF behind its pixels, which are known to be good by now
-        turned = opened.getexif().get(0x0112, 1)
     means = ", ".join(f"{mean:.0f}" for mean in pixels_HWC.mean(axis=(0, 1)))
     yield (
-        f"decoded   {' x '.join(map(str, pixels_HWC.shape))} (height, width, RGB), EXIF orientation {turned} applied, "
+        f"decoded   {' x '.join(map(str, pixels_HWC.shape))} (height, width, RGB), "
+        f"EXIF orientation {header.orientation} applied, "
         f"{pixels_HWC.dtype} {pixels_HWC.min()}–{pixels_HWC.max()}, mean {means}"
     )
 

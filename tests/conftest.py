@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,14 @@ def make_folder(root: Path, *, train: int, valid: int, classes: int = 3, suffix:
             height, width = SHAPES[i % len(SHAPES)]
             picture(rng, height, width, i % classes).save(folder / f"{i:03d}.{suffix}")
     return root
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Generator[None]:
+    """What tests keep for later, processes that they start included, stays out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ONEWARP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
