@@ -10,6 +10,7 @@ from rich.console import Console
 
 from cluster.look import show_batch, summarise
 from cluster.pack import pack
+from cluster.scan import scan
 from pipelines.errors import UserError
 from trainer import TrainConfig, fine_tune, lr_find
 from trainer.job import summary
@@ -40,7 +41,14 @@ def main() -> None:
     """Entry point: a user's mistake is one paragraph and exit code 2, Ctrl-C is 130."""
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"train": train, "lr-find": find_rate, "show-batch": show_batch, "summary": summarise, "pack": pack},
+            {
+                "train": train,
+                "lr-find": find_rate,
+                "scan": scan,
+                "pack": pack,
+                "show-batch": show_batch,
+                "summary": summarise,
+            },
             prog="onewarp",
             description="Distributed training of image classifiers: one warp an image, every rank fed.",
         )

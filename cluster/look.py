@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tyro
 from rich.console import Console
 
+from cluster.source import Source, scanned
 from pipelines import preview
 from pipelines.errors import UserError
 from pipelines.labels import Labels
-from pipelines.manifest import Manifest, scan
+from pipelines.manifest import Manifest
 from trainer import TrainConfig, figures
-from trainer.job import describe, resolve_data
+from trainer.job import describe
 
 BATCH = 16  # images of a batch that are drawn
 SAME = 12  # epochs of one image
 COMPARED = 4  # images read in two ways
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Which images; the settings mean what they mean for `train`."""
-
-    data: tyro.conf.Positional[str]
-    """Folder of images; or `breeds`, the embedded set; or `pets`, the Oxford-IIIT pets (800 MB download)."""
-    label_regex: str | None = None
-    """Labels from file names: the first group of this regular expression, as in '(.+)_\\d+\\.jpg$'."""
-    label_csv: Path | None = None
-    """Labels from a CSV file with the columns path,label[,split]; paths are relative to the data folder."""
-    valid_fraction: float = 0.2
-    """Share of the images held out where the data brings no split of its own."""
-    split_seed: int = 42
-    """Seed of that split."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,30 +99,9 @@ def summarise(config: tyro.conf.OmitArgPrefixes[Summary]) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def scanned(source: Source, console: Console, **settings: Any) -> tuple[Manifest, Labels, TrainConfig]:
-    """Scan the folder as `train` would; `settings` are further ones of `TrainConfig`, which checks them all."""
-    config = TrainConfig(
-        data=source.data,
-        label_regex=source.label_regex,
-        label_csv=source.label_csv,
-        valid_fraction=source.valid_fraction,
-        split_seed=source.split_seed,
-        **settings,
-    )
-    folder, labels = resolve_data(config, console)
-    with console.status(f"Reading {folder} …"):
-        manifest = scan(
-            folder,
-            labels=labels,
-            valid_fraction=config.valid_fraction,
-            split_seed=config.split_seed,
-            threads=len(os.sched_getaffinity(0)),
-        )
-    return manifest, labels, config
-
-
 def _described(look: Look, batch: int, console: Console) -> tuple[Manifest, Labels]:
     """Scan the folder and describe it."""
-    manifest, labels, config = scanned(look, console, size=look.size, seed=look.seed, batch=batch)
+    config = look.config(size=look.size, seed=look.seed, batch=batch)
+    manifest, labels = scanned(config, console)
     describe(manifest, config, console)
     return manifest, labels

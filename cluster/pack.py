@@ -15,12 +15,12 @@ from pathlib import Path
 
 import tyro
 from rich.console import Console
-from rich.progress import Progress
 
-from cluster.look import Source, scanned
+from cluster.source import Source, scanned
 from pipelines import pack as packing
 from pipelines.errors import UserError
-from trainer.job import printable
+from trainer.bar import counted
+from trainer.run_folder import printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +58,10 @@ def pack(config: tyro.conf.OmitArgPrefixes[Pack]) -> None:
     try:
         with _termination_interrupts():
             packing.check_place(config.out)
-            manifest, _, _ = scanned(config, console)
+            manifest, _ = scanned(config.config(), console)
             there = config.out.exists()
             started = time.perf_counter()
-            with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-                task = bar.add_task("packing", total=len(manifest.paths))
+            with counted(console, f"Packing into {config.out}") as progress:
                 store = packing.pack(
                     manifest,
                     config.out,
@@ -70,7 +69,7 @@ def pack(config: tyro.conf.OmitArgPrefixes[Pack]) -> None:
                     short_side=config.short_side,
                     quality=config.quality,
                     threads=len(os.sched_getaffinity(0)),
-                    progress=lambda done, total: bar.update(task, completed=done),
+                    progress=progress,
                 )
     except KeyboardInterrupt:
         Console(stderr=True).print(f"interrupted; nothing was left at {config.out}", highlight=False, markup=False)

@@ -43,7 +43,7 @@ from pipelines.synthetic import cache_folder
 
 _VERSION = 1
 _INDEX, _PIXELS, _COMPLETE, _META, _LOCK = "index.npy", "pixels.bin", "complete.bin", "cache.json", "lock"
-_STREAM = 2**63 + 1  # an epoch, to the generator: none that the order of training or of the split ever reaches
+_STREAM = 2**63 + 2  # an epoch, to the generator: none that the order of training or of the split ever reaches
 
 
 class Cache:

@@ -71,6 +71,22 @@ def _close(hashes_N: np.ndarray, rows: np.ndarray, distance: int) -> Iterator[np
             yield pairs[pairs[:, 0] < pairs[:, 1]]
 
 
+def hasher() -> Callable[[Image.Image], Any]:
+    """imagehash's pHash.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    try:
+        from imagehash import phash
+    except ImportError:
+        raise UserError(
+            "Near-duplicates are found with the package imagehash, which is not installed. "
+            "Install it with: pip install 'onewarp[near-duplicates]'"
+        ) from None
+    return phash
+
+
 def perceptual(
     files: Sequence[str], formats: Sequence[str], *, threads: int = 2, progress: Progress | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -84,15 +100,9 @@ def perceptual(
         hashes uint64 [M], and the positions int64 [M] of their files: one that Pillow cannot read has none.
 
     Raises:
-        UserError: the package is not installed.
+        UserError: see `hasher`.
     """
-    try:
-        from imagehash import phash
-    except ImportError:
-        raise UserError(
-            "Near-duplicates are found with the package imagehash, which is not installed. "
-            "Install it with: pip install 'onewarp[near-duplicates]'"
-        ) from None
+    phash = hasher()
     hashes: list[int | None] = []
     with ThreadPoolExecutor(threads) as pool:
         for at in range(0, len(files), _WINDOW):

@@ -15,11 +15,8 @@ from pipelines.errors import UserError
 from pipelines.geometry import UNIFORMS, Augment, Draws, compose, decimation, draw, shrink
 from pipelines.manifest import Samples
 from pipelines.plan import Plan, rank_slice, uniforms
-<<<<<<< HEAD
 from pipelines.standin import Spoiled, Watch
-=======
 from pipelines.window import below, rows
->>>>>>> 85a7d14 (Decode only the rows that the warp reads, peek before the decoder, quicker normalise; graphs for memory and for stores)
 
 HALF = (0.5, 0.5, 0.5)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipelines.errors import UserError
-from pipelines.firewall import Decoded, examine
+from pipelines.firewall import Decoded, Refused, examine
 from pipelines.manifest import Samples
 
 _BLOCK = 64  # candidates looked at together: where a whole folder has gone, one at a time would take hours
@@ -101,7 +101,7 @@ class Watch:
             return
         verdicts = examine([os.fsdecode(self.file(position)) for position in positions], threads=self._threads)
         for position, verdict in zip(positions, verdicts, strict=True):
-            reason = verdict if isinstance(verdict, str) else self._other_size(position, verdict)
+            reason = verdict.reason if isinstance(verdict, Refused) else self._other_size(position, verdict)
             if reason is None:
                 self._touched.add(position)
             else:

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {"pipelines": set(), "trainer": {"pipelines"}, "cluster": {"pipelines", "trainer"}}
 LAYERS["benchmarks"] = {"pipelines", "trainer"}
 ENGINES = {
-    "ray": {"cluster/launch.py"},
+    "ray": {"cluster/engine.py", "cluster/launch.py", "cluster/examine.py"},
     "wandb": {"trainer/tracking.py"},
     "nvidia": {"pipelines/graph.py", "pipelines/firewall.py", "trainer/worker.py"},  # the worker tells DALI's version
 }

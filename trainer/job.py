@@ -24,9 +24,11 @@ from rich.console import Console
 
 from pipelines.datasets import named_dataset
 from pipelines.errors import UserError
+from pipelines.firewall import MAX_PIXELS
 from pipelines.labels import Csv, Labels, Regex
-from pipelines.manifest import Manifest, scan
+from pipelines.manifest import Examine, Manifest, scan
 from trainer import checkpoint, journal, models, precision, weights
+from trainer.bar import counted
 from trainer.config import Goal, TrainConfig
 from trainer.progress import Progress
 from trainer.ranks import Ranks
@@ -184,14 +186,7 @@ def prepare(config: TrainConfig, console: Console) -> tuple[RunFolder, Manifest]
             )
         return folder, manifest
 
-    with console.status(f"Reading {data} …"):
-        manifest = scan(
-            data,
-            labels=labels,
-            valid_fraction=config.valid_fraction,
-            split_seed=config.split_seed,
-            threads=len(os.sched_getaffinity(0)),
-        )
+    manifest = read_images(data, labels, config, console)
     describe(manifest, config, console)
     if config.batch > len(manifest.train):
         raise UserError(
@@ -229,6 +224,32 @@ def resolve_data(config: TrainConfig, console: Console) -> tuple[Path, Labels]:
     return folder, Regex(pattern) if pattern else "folder"
 
 
+def read_images(
+    data: Path,
+    labels: Labels,
+    config: TrainConfig,
+    console: Console,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    threads: int | None = None,
+    examine: Examine | None = None,
+    reuse: bool = True,
+) -> Manifest:
+    """Scan the folder, behind a bar; see `pipelines.scan`. By default all cores decode."""
+    with counted(console, f"Reading {data}") as progress:
+        return scan(
+            data,
+            labels=labels,
+            valid_fraction=config.valid_fraction,
+            split_seed=config.split_seed,
+            max_pixels=max_pixels,
+            threads=threads or len(os.sched_getaffinity(0)),
+            progress=progress,
+            examine=examine,
+            reuse=reuse,
+        )
+
+
 def absolute(path: Path) -> Path:
     """One spelling for each place, so that the same run is known again from another folder."""
     return Path(os.path.abspath(path.expanduser()))
@@ -258,7 +279,16 @@ def _check_same(folder: RunFolder, config: TrainConfig) -> None:
 
 
 def describe(manifest: Manifest, config: TrainConfig, console: Console) -> None:
-    """Say what was found."""
+    """Say what was found, and how batches divide it."""
+    found(manifest, config, console, "in quarantine.txt in the run's folder")
+    steps, left = divmod(len(manifest.train), config.batch)
+    if left:
+        words = f"{steps} of {config.batch} an epoch; the last {left} images of each epoch's order are dropped"
+        console.print(f"batches   {words}", highlight=False, markup=False, soft_wrap=True)
+
+
+def found(manifest: Manifest, config: TrainConfig, console: Console, where: str) -> None:
+    """Say what was found; `where` tells the place of the whole list of files left out."""
     train, valid = manifest.train, manifest.valid
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     drawn = f"at random, seed {config.split_seed}, {config.valid_fraction:.0%}"
@@ -268,16 +298,15 @@ def describe(manifest: Manifest, config: TrainConfig, console: Console) -> None:
     say(f"images    {len(train):,} to train, {len(valid):,} to validate (split {split})")
     say(f"classes   {len(manifest.classes)}: {shown}")
     say(f"sizes     {widths.min()}–{widths.max()} pixels wide, {heights.min()}–{heights.max()} high")
-    steps, left = divmod(len(train), config.batch)
-    if left:
-        say(f"batches   {steps} of {config.batch} an epoch; the last {left} images of each epoch's order are dropped")
     for note in manifest.notes:
         say(f"note      {note}")
+    for warning in manifest.warnings:
+        say(f"warning   {warning}", style="yellow")
     for bad in manifest.quarantine[:5]:
         say(f"left out  {printable(bad.path)}: {bad.reason}")
     more = len(manifest.quarantine) - 5
     if more > 0:
-        say(f"left out  … and {more} more files; all are named in quarantine.txt in the run's folder")
+        say(f"left out  … and {more} more files; all are named {where}")
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """Each usable file stands in the manifest exactly once, and what cannot be used is said in words."""
 
+import hashlib
 import os
+import re
 import zlib
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from PIL import Image
 from pipelines.errors import UserError
 from pipelines.labels import Csv, Regex
 from pipelines.manifest import Manifest, scan
+from tests.hostile import make_hostile_folder
 
 ODD_NAME = os.fsdecode(b"caf\xe9 \"a\" 'b'\n1.jpg")
 
@@ -269,6 +272,53 @@ def test_bad_files(ten):
     refuse("None of the 12 images .* is usable; 'bird/1.jpg'", ten)
 
 
+def test_hostile_folder(tmp_path):
+    hostile = make_hostile_folder(tmp_path, plain=20, each=3)
+    manifest = scan(tmp_path)
+    assert manifest.paths == hostile.good
+    found = reasons(manifest)
+    assert set(found) == set(hostile.bad)
+    for path, words in hostile.bad.items():
+        assert words in found[path], path
+    assert manifest.orientations_N.tolist() == [
+        int(re.search(r"turned (\d)", path)[1]) if "turned" in path else 6 if "late exif" in path else 1
+        for path in manifest.paths
+    ]
+    (note,) = manifest.notes
+    assert note.startswith(f"{sum('clear' in path for path in hostile.good)} images have transparent parts")
+    assert manifest.warnings == ()
+
+
+# Duplicates
+
+
+def test_copies_are_noted_and_those_across_the_split_are_a_warning(tmp_path):
+    put(
+        tmp_path,
+        *(f"{part}/{name}/{i}.jpg" for part in ("train", "valid") for name in ("cat", "dog") for i in range(4)),
+    )
+
+    def copy(source, *targets):
+        for target in targets:
+            (tmp_path / target).write_bytes((tmp_path / source).read_bytes())
+
+    copy("train/cat/0.jpg", "train/cat/copy.jpg", "valid/cat/0.jpg", "valid/dog/copy.jpg")
+    copy("train/dog/1.jpg", "train/dog/2.jpg")
+    copy("valid/dog/2.jpg", "valid/dog/3.jpg")
+    manifest = scan(tmp_path)
+    row = dict(zip(manifest.paths, manifest.hashes_N16, strict=True))
+    for path, hash_16 in row.items():
+        assert hash_16.tobytes() == hashlib.sha256((tmp_path / path).read_bytes()).digest()[:16]
+    (note,) = manifest.notes
+    assert note == (
+        "groups of identical files: 3, with 5 to spare: 'train/cat/0.jpg' = 'train/cat/copy.jpg', "
+        "'train/dog/1.jpg' = 'train/dog/2.jpg', 'valid/dog/2.jpg' = 'valid/dog/3.jpg'"
+    )
+    (warning,) = manifest.warnings
+    assert warning.startswith("2 of 9 validation images are in training too")
+    assert warning.endswith("'train/cat/0.jpg' = 'valid/cat/0.jpg', 'train/cat/0.jpg' = 'valid/dog/copy.jpg'")
+
+
 # Samples and file
 
 
@@ -309,6 +359,7 @@ def test_file_round_trip(ten, tmp_path):
     row = pq.read_table(file).to_pylist()[again.paths.index("cat/1.jpg")]
     assert (row["path"], row["label"], row["format"]) == (b"cat/1.jpg", "cat", "BMP")
     assert (row["bytes"], row["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns)
+    assert (row["orientation"], len(row["hash"])) == (1, 16)
 
 
 def test_a_failed_write_leaves_the_old_file(ten, tmp_path):

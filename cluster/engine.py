@@ -1,0 +1,68 @@
+"""Ray, started quietly and for this machine alone, or joined where it runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+
+# Ray reads these when it is imported; see each name for what it does.
+QUIET_AND_LOCAL = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # no reports home
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # a local cluster listens on loopback alone
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # also how often reports are collected and failures seen
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+for _name, _value in QUIET_AND_LOCAL.items():
+    os.environ.setdefault(_name, _value)
+
+import ray  # noqa: E402
+
+from pipelines.errors import UserError, first_line  # noqa: E402
+
+OBJECT_STORE_BYTES = 100 * 2**20  # workers share files, not objects
+LONGEST_TEMPORARY = 24  # characters: Ray's sockets lie 83 deeper, and a socket's path ends at 107
+
+
+@contextmanager
+def local(cpus: int) -> Generator[str]:
+    """Ray on this machine, gone afterwards with all that its processes leave; yields its scratch folder."""
+    temporary = tempfile.gettempdir()
+    if len(temporary) > LONGEST_TEMPORARY:
+        temporary = "/tmp"
+    with tempfile.TemporaryDirectory(prefix="onewarp-", dir=temporary) as scratch:
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=scratch,
+            runtime_env={"env_vars": {"TMPDIR": scratch}},  # Ray kills its workers: what libraries leave goes with it
+        )
+        try:
+            yield scratch
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def joined(address: str) -> Generator[None]:
+    """The cluster that answers at `address` ("auto", "HOST:PORT" or "ray://HOST:PORT"); left, not ended.
+
+    Raises:
+        UserError: none answers there.
+    """
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"--address {address}: Ray cannot join a cluster there ({first_line(error)}).") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
