@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipelines import graph, store
+from pipelines import store
+from pipelines.decode import DecodeError, Decoder
 from pipelines.errors import UserError, first_line
-from pipelines.firewall import examine
 from pipelines.manifest import Manifest
 from pipelines.store import Kind, Store
 
@@ -162,19 +162,21 @@ class _Plan:
 
     def images(self, threads: int) -> Generator[tuple[memoryview, int, int]]:
         """What is stored, with height and width, row by row."""
-        decoder = _Decoder(threads)
+        decoder = Decoder(_BATCH_FILES, threads) if self.decode_N.any() else None
         with ThreadPoolExecutor(threads) as pool:
             for rows in _batches(self.pixels_N):
-                files = list(pool.map(self._read_or_check, rows))
-                decoded = decoder.run([self._path(row) for row in rows if self.decode_N[row]])
-                pixels = [next(decoded) if self.decode_N[row] else None for row in rows]
-                sizes = self.sizes_N2[rows].tolist()
+                files = list(pool.map(self._read, rows))
+                pixels: list[np.ndarray | None] = [None] * len(rows)
+                if decoder is not None:
+                    decoded = [i for i, row in enumerate(rows) if self.decode_N[row]]
+                    try:
+                        for i, image_HWC in zip(decoded, decoder.run([files[i] for i in decoded]), strict=True):
+                            pixels[i] = image_HWC
+                    except DecodeError as error:
+                        raise self._changed(rows[decoded[error.position]], "it can no longer be decoded") from None
                 stored = pool.map(self._finish, rows, files, pixels)
-                for data, (height, width) in zip(stored, sizes, strict=True):
+                for data, (height, width) in zip(stored, self.sizes_N2[rows].tolist(), strict=True):
                     yield data, height, width
-
-    def _path(self, row: int) -> str:
-        return os.path.join(self.manifest.root, self.manifest.paths[row])
 
     def _changed(self, row: int, why: str = "it is no longer as it was") -> UserError:
         return UserError(
@@ -182,16 +184,16 @@ class _Plan:
             "nothing write to the folder, and pack it again."
         )
 
-    def _read_or_check(self, row: int) -> bytes:
-        """The bytes of a file, or none where pixels are asked for, of a file that is as it was scanned."""
+    def _read(self, row: int) -> bytes:
+        """The bytes of a file that is as it was scanned."""
         try:
-            with open(self._path(row), "rb") as stream:
+            with open(os.path.join(self.manifest.root, self.manifest.paths[row]), "rb") as stream:
                 status = os.fstat(stream.fileno())
-                data = b"" if self.decode_N[row] else stream.read()
+                data = stream.read()
         except OSError as error:
             raise self._changed(row, error.strerror or first_line(error)) from None
         expected = self.manifest.bytes_N[row], self.manifest.mtimes_N[row]
-        if (status.st_size, status.st_mtime_ns) != expected or not (self.decode_N[row] or len(data) == expected[0]):
+        if (len(data), status.st_mtime_ns) != expected:
             raise self._changed(row)
         return data
 
@@ -223,33 +225,6 @@ def _batches(pixels_N: np.ndarray) -> Iterator[list[int]]:
         rows.append(row)
         total += pixels
     yield rows
-
-
-class _Decoder:
-    """Decodes files in batches of at most `_BATCH_FILES`."""
-
-    def __init__(self, threads: int) -> None:
-        self._threads = threads
-        self._pipeline: Any = None
-
-    def run(self, files: list[str]) -> Iterator[np.ndarray]:
-        """The pixels of each file, uint8 [H, W, 3], what `graph.decoded` gives."""
-        if not files:
-            return iter(())
-        if self._pipeline is None:
-            self._pipeline = graph._decode_alone(
-                batch_size=_BATCH_FILES, num_threads=self._threads, device_id=None, prefetch_queue_depth=1
-            )
-            self._pipeline.build()
-        self._pipeline.feed_input("path", [np.frombuffer(os.fsencode(file), np.uint8) for file in files])
-        try:
-            (images,) = self._pipeline.run()
-        except RuntimeError as error:
-            # All were decoded by the scan: one changed within the last moment.
-            verdicts = zip(files, examine(files), strict=True)
-            file, why = next(((file, why) for file, why in verdicts if isinstance(why, str)), (files[0], str(error)))
-            raise UserError(f"{file!r} can no longer be decoded: {why}. Pack the folder again.") from None
-        return (np.asarray(images.at(i)) for i in range(len(files)))
 
 
 class _Writer:

@@ -11,7 +11,8 @@ LAYERS["benchmarks"] = {"pipelines", "trainer"}
 ENGINES = {
     "ray": {"cluster/engine.py", "cluster/launch.py", "cluster/examine.py"},
     "wandb": {"trainer/tracking.py"},
-    "nvidia": {"pipelines/graph.py", "pipelines/firewall.py", "trainer/worker.py"},  # the worker tells DALI's version
+    # The worker tells DALI's version.
+    "nvidia": {"pipelines/graph.py", "pipelines/firewall.py", "pipelines/decode.py", "trainer/worker.py"},
 }
 
 

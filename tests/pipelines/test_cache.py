@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pipelines import cache as caching
 from pipelines.cache import Cache
 from pipelines.errors import UserError
-from pipelines.manifest import Manifest
+from pipelines.manifest import scan
 from pipelines.store import aligned
 
 FORK = multiprocessing.get_context("fork")
@@ -28,29 +29,13 @@ def pixels(row, shape):
 
 
 @pytest.fixture(scope="module")
-def manifest():
-    rng = np.random.default_rng(1)
-    heights_N, widths_N = rng.integers(20, 90, (2, N)).astype(np.int32)
-    return Manifest(
-        root=Path("/data"),
-        classes=("a", "b"),
-        paths=tuple(f"{i}.png" for i in range(N)),
-        labels_N=np.arange(N) % 2,
-        valid_N=np.arange(N) % 5 == 0,
-        heights_N=heights_N,
-        widths_N=widths_N,
-        formats=("PNG",) * N,
-        bytes_N=np.full(N, 100),
-        mtimes_N=np.full(N, 100),
-        orientations_N=np.ones(N, np.uint8),
-        hashes_N16=rng.integers(0, 256, (N, 16), np.uint8),
-        quarantine=(),
-        notes=(),
-        warnings=(),
-        split_from="random",
-        table=None,
-        digest="of this test",
-    )
+def manifest(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    for i, (height, width) in enumerate(np.random.default_rng(1).integers(20, 90, (N, 2))):
+        path = root / f"class{i % 2}" / f"{i}.bmp"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (width, height)).save(path)
+    return scan(root)
 
 
 def shape(manifest, row):
@@ -192,24 +177,24 @@ def test_a_killed_writer_leaves_whole_images_and_no_lock(manifest, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_writer_that_dies_between_pixels_and_flag_leaves_the_row_absent(manifest, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["_pixels_file", "_complete_file"])
+def test_a_writer_that_dies_before_the_end_leaves_the_row_absent(manifest, tmp_path, monkeypatch, name):
     cache, other = Cache.open(manifest, parent=tmp_path), Cache.open(manifest, parent=tmp_path)
     write = caching._write
 
-    def die_before_the_flag(descriptor, data, offset):
-        if descriptor == cache._complete_file:
+    def die(descriptor, data, offset):
+        if descriptor == getattr(cache, name):
             raise KeyboardInterrupt
         write(descriptor, data, offset)
 
-    monkeypatch.setattr(caching, "_write", die_before_the_flag)
-    with pytest.raises(KeyboardInterrupt):
-        fill(cache, manifest, [7])
-    monkeypatch.undo()
-    assert cache.get(7) is other.get(7) is None
-    fill(other, manifest, [7])
-    np.testing.assert_array_equal(cache.get(7), pixels(7, shape(manifest, 7)))
-    cache.close()
-    other.close()
+    with cache, other:
+        monkeypatch.setattr(caching, "_write", die)
+        with pytest.raises(KeyboardInterrupt):
+            fill(cache, manifest, [7])
+        monkeypatch.undo()
+        assert cache.get(7) is other.get(7) is None
+        fill(other, manifest, [7])
+        np.testing.assert_array_equal(cache.get(7), pixels(7, shape(manifest, 7)))
 
 
 def leave(manifest, parent, keep):

@@ -5,6 +5,7 @@ import io
 import os
 import resource
 import shutil
+import struct
 from collections import namedtuple
 from contextlib import contextmanager
 
@@ -194,15 +195,23 @@ def test_a_file_that_changed_after_the_scan_is_named(copy, tmp_path, kind, chang
     assert os.listdir(tmp_path) == ["copy"]
 
 
-def test_a_file_that_changed_unseen_is_named(copy, tmp_path):
-    file = file_of(copy, 40)
-    status = os.stat(file)
-    with open(file, "r+b") as stream:
-        stream.write(b"no image at all")
-    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
-    with pytest.raises(UserError, match="can no longer be decoded: not an image") as caught:
+@pytest.mark.parametrize(
+    ("at", "content", "answer"),
+    [
+        (0, b"no image at all", "can no longer be decoded"),
+        (18, struct.pack("<ii", 40, 60), "changed after it was scanned"),  # width and height, until now 60 x 40
+    ],
+)
+def test_a_file_that_changed_unseen_is_named(copy, tmp_path, at, content, answer):
+    row = next(row for row, path in enumerate(copy.paths) if path.endswith(".bmp"))
+    status = os.stat(file_of(copy, row))
+    with open(file_of(copy, row), "r+b") as stream:
+        stream.seek(at)
+        stream.write(content)
+    os.utime(file_of(copy, row), ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(UserError, match=answer) as caught:
         pack(copy, tmp_path / "out", kind="decoded")
-    assert repr(file) in str(caught.value)
+    assert copy.paths[row] in str(caught.value)
     assert os.listdir(tmp_path) == ["copy"]
 
 

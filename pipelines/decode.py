@@ -1,0 +1,68 @@
+"""Decoding without anything behind it: the pixels of many files, as `graph` decodes them on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import nvidia.dali.fn as fn
+import nvidia.dali.types as types
+from nvidia.dali import Pipeline, pipeline_def
+
+from pipelines import graph
+
+
+class DecodeError(Exception):
+    """DALI cannot decode the file at `position` of those given."""
+
+    def __init__(self, position: int) -> None:
+        super().__init__(f"file {position} of the batch cannot be decoded")
+        self.position = position
+
+
+@pipeline_def
+def _graph(peek: bool) -> Any:
+    encoded = fn.external_source(name="encoded", dtype=types.DALIDataType.UINT8, ndim=1)
+    return fn.peek_image_shape(encoded) if peek else graph._decode(encoded, "cpu")
+
+
+class Decoder:
+    """Decodes files of at most `batch` at a time on `threads` threads; a file that fails makes it unusable."""
+
+    def __init__(self, batch: int, threads: int) -> None:
+        self._threads = threads
+        self._peek, self._decode = self._build(True, batch), self._build(False, batch)
+
+    def run(self, files: list[bytes]) -> list[np.ndarray]:
+        """The pixels of each file, uint8 [H, W, 3], those of `graph.decoded`.
+
+        Raises:
+            DecodeError: one of them is no image that DALI decodes.
+        """
+        if not files:
+            return []
+        try:
+            # DALI's parser first, and alone: where it rejects one image of a batch within the decoder, the
+            # process may crash (see the firewall's `_sizes`).
+            self._run(self._peek, files)
+            images = self._run(self._decode, files)
+        except RuntimeError:
+            raise DecodeError(next(i for i, file in enumerate(files) if not self._decodes(file))) from None
+        return [np.asarray(images.at(i)) for i in range(len(files))]
+
+    def _build(self, peek: bool, batch: int) -> Pipeline:
+        pipeline = _graph(peek, batch_size=batch, num_threads=self._threads, device_id=None, prefetch_queue_depth=1)
+        pipeline.build()
+        return pipeline
+
+    def _run(self, pipeline: Pipeline, files: list[bytes]) -> Any:
+        pipeline.feed_input("encoded", [np.frombuffer(file, np.uint8) for file in files])
+        outputs: Any = pipeline.run()
+        return outputs[0]
+
+    def _decodes(self, file: bytes) -> bool:
+        try:
+            self._run(self._build(False, 1), [file])
+        except RuntimeError:
+            return False
+        return True
