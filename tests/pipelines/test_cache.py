@@ -164,6 +164,7 @@ def test_a_killed_writer_leaves_whole_images_and_no_lock(manifest, tmp_path):
     for _ in range(3):
         writer = in_process(write_until_killed, manifest, tmp_path)
         while not list(tmp_path.glob("*/cache.json")):
+            assert writer.is_alive()
             time.sleep(0.001)
         time.sleep(0.03)
         os.kill(writer.pid, signal.SIGKILL)
