@@ -16,7 +16,7 @@ from ray.exceptions import RayError, RayTaskError
 from pipelines import firewall
 from pipelines.errors import UserError, first_line
 from pipelines.firewall import Decoded, Progress, Refused
-from pipelines.manifest import Examine
+from pipelines.scanning import Examine
 
 CHUNK = 256  # files in a task: some tenths of a second, against some milliseconds that a task costs
 

@@ -15,7 +15,8 @@ from cluster.source import Source, scanned
 from pipelines import duplicates
 from pipelines.errors import UserError
 from pipelines.firewall import MAX_PIXELS
-from pipelines.manifest import Examine, Manifest
+from pipelines.manifest import Manifest
+from pipelines.scanning import Examine
 from trainer.bar import counted
 from trainer.job import absolute, found
 from trainer.run_folder import RunFolder

@@ -9,8 +9,6 @@ import nvidia.dali.fn as fn
 import nvidia.dali.types as types
 from nvidia.dali import Pipeline, pipeline_def
 
-from pipelines import graph
-
 
 class DecodeError(Exception):
     """DALI cannot decode the file at `position` of those given."""
@@ -23,7 +21,7 @@ class DecodeError(Exception):
 @pipeline_def
 def _graph(peek: bool) -> Any:
     encoded = fn.external_source(name="encoded", dtype=types.DALIDataType.UINT8, ndim=1)
-    return fn.peek_image_shape(encoded) if peek else graph._decode(encoded, "cpu")
+    return fn.peek_image_shape(encoded) if peek else fn.decoders.image(encoded, output_type=types.DALIImageType.RGB)
 
 
 class Decoder:

@@ -1,7 +1,4 @@
-"""Every usable image of a folder with its label, split and size, and the unusable ones with a reason.
-
-files --> listing --> labels --> firewall --> split --> duplicates --> manifest (Parquet)
-"""
+"""The table of all usable images of a data set, with label, split and size, and of the unusable ones (Parquet)."""
 
 from __future__ import annotations
 
@@ -9,23 +6,18 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines import duplicates, firewall, parquet, verdicts
+from pipelines import parquet
 from pipelines.errors import UserError, first_line
-from pipelines.firewall import Decoded, Progress, Refused
-from pipelines.labels import Labels, SplitFrom, digest_now, read_labels
-from pipelines.listing import Found
-from pipelines.plan import permutation
+from pipelines.labels import SplitFrom
 
 _VERSION = 3  # of the Parquet layout
-_SPLIT_STREAM = 2**63  # an epoch, to the generator: none that the order of training ever reaches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +110,7 @@ class Manifest:
     table: Path | None
     """The table that the labels come from."""
     digest: str
-    """See `is_current`."""
+    """Of what the files or the store were when this was written; see `scanning.is_current`."""
     store: Path | None = None
     """See `Samples.store`."""
 
@@ -145,17 +137,6 @@ class Manifest:
             ids_N=np.arange(len(self.paths)),
             store=self.store,
         )
-
-    def is_current(self) -> bool:
-        """Whether a new scan with the same options would see the same files: none opened, all looked at.
-
-        False when an image appeared, vanished or has another size or time of modification, the quarantined
-        ones and those left alone included, or when the table says something else.
-        """
-        try:
-            return digest_now(self.root, self.table) == self.digest
-        except UserError:
-            return False
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write a Parquet file, whole or not at all: a reader never sees half of it.
@@ -220,7 +201,7 @@ class Manifest:
             bytes_N=table["bytes"].to_numpy(),
             mtimes_N=table["mtime_ns"].to_numpy(),
             orientations_N=table["orientation"].to_numpy(),
-            hashes_N16=_rows16(table["hash"].to_pylist()),
+            hashes_N16=rows16(table["hash"].to_pylist()),
             quarantine=tuple(Quarantined(path=name, reason=reason) for name, reason in meta["quarantine"]),
             notes=tuple(meta["notes"]),
             warnings=tuple(meta["warnings"]),
@@ -231,180 +212,5 @@ class Manifest:
         )
 
 
-def _rows16(hashes: Sequence[bytes]) -> np.ndarray:
+def rows16(hashes: Sequence[bytes]) -> np.ndarray:
     return np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 16)
-
-
-class Examine(Protocol):
-    """Whatever does the work of `firewall.examine`, here or on other machines."""
-
-    def __call__(
-        self, files: Sequence[str], *, progress: Progress | None, max_pixels: int
-    ) -> list[Decoded | Refused]: ...
-
-
-def scan(
-    root: str | os.PathLike[str],
-    *,
-    labels: Labels = "folder",
-    valid_fraction: float = 0.2,
-    split_seed: int = 42,
-    max_pixels: int = firewall.MAX_PIXELS,
-    threads: int = 2,
-    progress: Progress | None = None,
-    examine: Examine | None = None,
-    reuse: bool = True,
-) -> Manifest:
-    """List, label and decode every image of a folder.
-
-    What becomes of each file is kept in `cache_folder()`, and taken from there as long as the file has the same
-    size and time of modification: another split, other labels or one more file decode what is new alone.
-
-    Args:
-        root: the folder. Where it holds train/ and one of valid/, validation/ and val/, those are the split.
-        labels: "folder" takes the first folder below the root, or below train/ and so on, as the class.
-        valid_fraction: share of the images to draw for validation where neither folders nor a table say.
-        split_seed: seed of that draw, which also depends on the number of usable images.
-        max_pixels: images with more are refused.
-        threads: threads to decode with.
-        progress: called with (files decoded, files to decode) now and then; never where nothing is to be decoded.
-        examine: does the decoding instead of this process's threads.
-        reuse: False decodes all files again, as may be wise after a disk failed.
-
-    Raises:
-        UserError: the folder, the labels or the split cannot be used as they are.
-    """
-    folder = Path(os.path.abspath(root))
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise UserError(f"The image folder {str(folder)!r} {what}. Give the folder that holds the images.")
-    if not 0 < valid_fraction < 1:
-        raise UserError(f"valid_fraction is {valid_fraction}; it must lie between 0 and 1, both excluded.")
-    labelling = read_labels(folder, labels)
-    # Before the files are decoded, which takes long, and again after, with what is left of them.
-    _check_split(
-        [file.label for file in labelling.files],
-        [file.valid for file in labelling.files],
-        labelling.split_from,
-    )
-
-    verdict_of = _verdicts(
-        folder,
-        {file.path: file.found for file in labelling.files},
-        max_pixels,
-        progress,
-        examine or partial(firewall.examine, threads=threads),
-        reuse,
-    )
-    pairs = [(file, verdict_of[file.path]) for file in labelling.files]
-    usable = [(file, verdict) for file, verdict in pairs if isinstance(verdict, Decoded)]
-    rejected = labelling.rejected | {
-        file.path: verdict.reason for file, verdict in pairs if isinstance(verdict, Refused)
-    }
-    quarantine = tuple(Quarantined(path=path, reason=why) for path, why in sorted(rejected.items()))
-    if not usable:
-        first = f"{quarantine[0].path!r}: {quarantine[0].reason}"
-        raise UserError(f"None of the {len(pairs)} images in {str(folder)!r} is usable; {first}. Mend or replace them.")
-
-    names = [file.label for file, _ in usable]
-    if labelling.split_from == "random":
-        valid_N = _draw(len(usable), valid_fraction, split_seed)
-    else:
-        valid_N = np.array([bool(file.valid) for file, _ in usable])
-    _check_split(names, valid_N.tolist(), labelling.split_from)
-    classes = tuple(sorted(set(names)))
-    lost = sorted({file.label for file in labelling.files} - set(names))
-    notes = [*labelling.notes, *(f"the class {name!r} has no usable image and was left out" for name in lost)]
-    if transparent := sum(decoded.transparent for _, decoded in usable):
-        notes.append(f"{transparent:,} images have transparent parts: the colours stored there are read as they are")
-    paths = tuple(file.path for file, _ in usable)
-    hashes_N16 = _rows16([decoded.hash for _, decoded in usable])
-    groups = duplicates.identical(hashes_N16)
-    if groups:
-        copies = sum(map(len, groups)) - len(groups)
-        some = duplicates.listed(np.stack([group[:2] for group in groups]), paths, "=")
-        notes.append(f"groups of identical files: {len(groups):,}, with {copies:,} to spare: {some}")
-    warnings = []
-    leaks_P2 = duplicates.leaks(groups, valid_N)
-    if len(leaks_P2):
-        warnings.append(
-            f"{len(leaks_P2):,} of {valid_N.sum():,} validation images are in training too, byte for byte, which makes "
-            f"the error look smaller than it is: {duplicates.listed(leaks_P2, paths, '=')}"
-        )
-    label_of = {name: label for label, name in enumerate(classes)}
-    return Manifest(
-        root=folder,
-        classes=classes,
-        paths=paths,
-        labels_N=np.array([label_of[name] for name in names], np.int64),
-        valid_N=valid_N,
-        heights_N=np.array([decoded.height for _, decoded in usable], np.int32),
-        widths_N=np.array([decoded.width for _, decoded in usable], np.int32),
-        formats=tuple(decoded.format for _, decoded in usable),
-        bytes_N=np.array([file.found.bytes for file, _ in usable], np.int64),
-        mtimes_N=np.array([file.found.mtime_ns for file, _ in usable], np.int64),
-        orientations_N=np.array([decoded.orientation for _, decoded in usable], np.uint8),
-        hashes_N16=hashes_N16,
-        quarantine=quarantine,
-        notes=tuple(notes),
-        warnings=tuple(warnings),
-        split_from=labelling.split_from,
-        table=labelling.table,
-        digest=labelling.digest,
-    )
-
-
-def _verdicts(
-    folder: Path, files: dict[str, Found], max_pixels: int, progress: Progress | None, examine: Examine, reuse: bool
-) -> dict[str, Decoded | Refused]:
-    """The verdict on each file, remembered or new."""
-    known = verdicts.recall(folder) if reuse else {}
-    still = {
-        path: one
-        for path, one in known.items()
-        if one.found == files.get(path)
-        and (isinstance(one.verdict, Refused) or one.verdict.height * one.verdict.width <= max_pixels)
-    }
-    new = [path for path in files if path not in still]
-    if new:
-        examined = examine([str(folder / path) for path in new], progress=progress, max_pixels=max_pixels)
-        fresh = {path: verdicts.Known(files[path], one) for path, one in zip(new, examined, strict=True)}
-        # Files that this scan was not about are remembered too, unless they are gone.
-        others = {path: one for path, one in known.items() if path not in files and os.path.lexists(folder / path)}
-        still |= fresh
-        verdicts.remember(folder, others | still)
-    return {path: one.verdict for path, one in still.items()}
-
-
-def _draw(n: int, fraction: float, seed: int) -> np.ndarray:
-    """Which of `n` images are for validation, bool [n]: about `fraction` of them, at least one, not all."""
-    valid_N = np.zeros(n, bool)
-    valid_N[permutation(seed, _SPLIT_STREAM, n)[: min(max(round(n * fraction), 1), n - 1)]] = True
-    return valid_N
-
-
-def _check_split(names: Sequence[str], valid: Sequence[bool | None], split_from: SplitFrom) -> None:
-    """Raise unless there are two classes, and images of known classes in both parts of the split.
-
-    `valid` holds None where the split is yet to be drawn.
-    """
-    if len(set(names)) < 2:
-        raise UserError(
-            f"There is only one class, {names[0]!r}, and it takes two or more to tell apart. Check where the "
-            "labels come from."
-        )
-    if None in valid:
-        return
-    trained, validated = (
-        {name for name, is_valid in zip(names, valid, strict=True) if is_valid == part} for part in (False, True)
-    )
-    for part, classes in (("training", trained), ("validation", validated)):
-        if not classes:
-            raise UserError(f"The split ({split_from}) leaves no usable image for {part}. Give that part at least one.")
-    unseen = sorted(validated - trained)
-    if unseen:
-        cause = "the draw left them no training image; add images, or try another split_seed"
-        if split_from != "random":
-            cause = "they have no training image; add some, correct the spelling, or take those images out"
-        some = ", ".join(map(repr, unseen[:5])) + (", ..." if len(unseen) > 5 else "")
-        raise UserError(f"Validation has classes that training never sees ({some}): {cause}.")

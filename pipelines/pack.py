@@ -94,6 +94,7 @@ def pack(
                     "JPEG" if kind == "encoded" and shrunk else form
                     for form, shrunk in zip(manifest.formats, plan.shrunk_N, strict=True)
                 ),
+                orientations_N=np.where(plan.decode_N, 1, manifest.orientations_N).astype(np.uint8),
                 digest=meta["digest"],
                 store=path,
             ).write(folder / store.MANIFEST)

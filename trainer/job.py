@@ -26,7 +26,9 @@ from pipelines.datasets import named_dataset
 from pipelines.errors import UserError
 from pipelines.firewall import MAX_PIXELS
 from pipelines.labels import Csv, Labels, Regex
-from pipelines.manifest import Examine, Manifest, scan
+from pipelines.manifest import Manifest
+from pipelines.scanning import Examine, is_current, scan
+from pipelines.store import is_store
 from trainer import checkpoint, journal, models, precision, weights
 from trainer.bar import counted
 from trainer.config import Goal, TrainConfig
@@ -179,7 +181,7 @@ def prepare(config: TrainConfig, console: Console) -> tuple[RunFolder, Manifest]
     if folder.config.exists():
         _check_same(folder, config)
         manifest = Manifest.read(folder.manifest)
-        if not manifest.is_current():
+        if not is_current(manifest):
             raise UserError(
                 f"The images under {data} have changed since the run {name} began. Give another --name to train "
                 f"on them as they are now, or delete {folder.path}."
@@ -218,6 +220,14 @@ def resolve_data(config: TrainConfig, console: Console) -> tuple[Path, Labels]:
     with console.status(f"Getting the data set {config.data} …"):
         named = named_dataset(config.data)
     folder, regex = named or (absolute(Path(config.data)), None)
+    if is_store(folder):
+        packed = ("label_regex", "label_csv", "valid_fraction", "split_seed")
+        given = next((name for name in packed if getattr(config, name) != getattr(TrainConfig, name)), None)
+        if given is not None:
+            raise UserError(
+                f"--{given.replace('_', '-')} is given, and {str(folder)!r} is a store, which has its labels and its "
+                "split from when it was packed. Leave it out, or pack the images again with it."
+            )
     pattern = config.label_regex or regex
     if config.label_csv is not None:
         return folder, Csv(str(config.label_csv))

@@ -11,6 +11,7 @@ import rich.console
 
 from pipelines.errors import UserError
 from pipelines.manifest import Manifest
+from pipelines.scanning import is_current
 from tests.hostile import encoded, make_hostile_folder, picture
 from trainer.bar import counted
 
@@ -42,7 +43,7 @@ def test_bad_files_are_named_in_a_list_and_the_scan_succeeds(onewarp, hostile, t
     assert all(words in named[path] for path, words in hostile.bad.items())
     manifest = Manifest.read(tmp_path / "scan/manifest.parquet")
     assert manifest.paths == hostile.good
-    assert manifest.is_current()
+    assert is_current(manifest)
 
 
 def test_the_list_is_empty_where_every_file_is_good(onewarp, small_set, tmp_path):

@@ -16,7 +16,7 @@ from PIL import Image
 from pipelines import cache as caching
 from pipelines.cache import Cache
 from pipelines.errors import UserError
-from pipelines.manifest import scan
+from pipelines.scanning import scan
 from pipelines.store import aligned
 
 FORK = multiprocessing.get_context("fork")

@@ -9,7 +9,7 @@ from PIL import Image
 from pipelines.errors import UserError
 from pipelines.geometry import Augment, compose
 from pipelines.loader import Loader
-from pipelines.manifest import scan
+from pipelines.scanning import scan
 
 UNLIT = Augment(max_lighting=0)
 

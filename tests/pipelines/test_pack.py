@@ -17,11 +17,11 @@ from pipelines import graph
 from pipelines import pack as packing
 from pipelines.errors import UserError
 from pipelines.labels import Regex
-from pipelines.manifest import scan
 from pipelines.pack import pack
+from pipelines.scanning import scan
 from pipelines.store import Store
 from tests.conftest import picture
-from tests.pipelines.test_firewall import good_files
+from tests.hostile import good_files
 
 NOT_UTF8 = os.fsdecode(b"latin-\xe9.jpg")
 
@@ -30,7 +30,7 @@ NOT_UTF8 = os.fsdecode(b"latin-\xe9.jpg")
 def manifest(tmp_path_factory):
     """Every format that is read, each EXIF orientation in two of them, odd names, and two bad files."""
     scratch = tmp_path_factory.mktemp("pack")
-    contents = good_files(scratch)
+    contents = good_files()
     contents[NOT_UTF8] = contents["plain.jpg"]
     rng = np.random.default_rng(3)
     for orientation in range(1, 9):

@@ -11,7 +11,7 @@ from PIL import Image
 from pipelines.errors import UserError
 from pipelines.geometry import Augment
 from pipelines.loader import Loader
-from pipelines.manifest import scan
+from pipelines.scanning import scan
 from tests.conftest import make_folder
 
 COMMON = {"size": 40, "global_batch": 8, "seed": 5}

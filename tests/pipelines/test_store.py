@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from pipelines.errors import UserError
-from pipelines.manifest import scan
 from pipelines.pack import pack
+from pipelines.scanning import scan
 from pipelines.store import INDEX, MANIFEST, META, Store, is_store
 
 

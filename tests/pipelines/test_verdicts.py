@@ -7,7 +7,7 @@ import pytest
 
 from pipelines import firewall, verdicts
 from pipelines.labels import Csv
-from pipelines.manifest import scan
+from pipelines.scanning import scan
 from tests.hostile import make_hostile_folder
 from tests.pipelines.test_manifest import put
 

@@ -8,7 +8,7 @@ import torch
 
 from pipelines.geometry import Augment
 from pipelines.loader import Loader
-from pipelines.manifest import scan
+from pipelines.scanning import scan
 from tests.ranks import on_ranks
 from trainer import models, optim, precision
 from trainer.journal import Journal, read
