@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from pipelines import graph
+from pipelines.cache import Cache
 from pipelines.errors import UserError
-from pipelines.geometry import UNIFORMS, Augment, Draws, compose, decimation, draw, shrink
+from pipelines.geometry import UNIFORMS, Augment, Centre, Draws, compose, draw, prefilter
+from pipelines.images import images_of
 from pipelines.manifest import Samples
 from pipelines.plan import Plan, rank_slice, uniforms
 from pipelines.standin import Spoiled, Watch
@@ -20,7 +22,15 @@ from pipelines.window import below, rows
 
 HALF = (0.5, 0.5, 0.5)
 
-_Ahead = tuple[int, np.ndarray]  # step, and the positions in the set of the samples that are read
+
+class _Fed(NamedTuple):
+    """A batch that the graph has been given."""
+
+    step: int
+    positions_N: np.ndarray
+    """Of the samples that are read, in the set."""
+    images: list[np.ndarray]
+    """See `GraphInput`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,17 +51,26 @@ class Loader:
     """Reads any epoch of a set of samples, from any step, for one rank.
 
     Args:
-        samples: one split of a manifest.
+        samples: one part of a manifest's split, in files or in a store.
         size: height and width of the images, pixels.
         global_batch: samples in a step over all ranks.
         seed: seed of order and augmentation.
         rank, world_size: which slice of each global batch this loader reads.
-        augment: training augmentation; `None` reads the centred square, in the order of the samples, to the last one.
+        augment: training augmentation, in an order of its own each epoch. Or how validation reads, in the order of the
+            samples, to the last one; `None` is `Centre()`.
+        quality: "high" reads each output pixel at 2 x 2 points instead of one, at four times the cost of the warp.
+        weights_N: how often training sees each sample, in proportion; see `Plan` and `plan.balanced`.
+        repeats: how often, in a row and each time augmented anew, training sees a sample; see `Plan`.
+        drop_last: leave out the last incomplete global batch of a training epoch.
+        cache: takes the pixels of each image as it is decoded, and gives them back from the second time on.
         device: "cpu" or "gpu".
         device_id: index of the GPU, with `device="gpu"`.
         threads: CPU threads that read and decode.
         mean, std: of the model's training data, for values in [0, 1].
         half: float16 images instead of float32.
+
+    Raises:
+        UserError: batch, ranks, weights or repeats do not fit the samples or one another, or the store is damaged.
     """
 
     def __init__(
@@ -63,7 +82,12 @@ class Loader:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        augment: Augment | None = None,
+        augment: Augment | Centre | None = None,
+        quality: graph.Quality = "normal",
+        weights_N: np.ndarray | None = None,
+        repeats: int = 1,
+        drop_last: bool = True,
+        cache: Cache | None = None,
         device: graph.Device = "cpu",
         device_id: int = 0,
         threads: int = 2,
@@ -71,7 +95,7 @@ class Loader:
         std: tuple[float, ...] = HALF,
         half: bool = False,
     ) -> None:
-        training = augment is not None
+        training = isinstance(augment, Augment)
         if training and global_batch > len(samples):
             raise UserError(
                 f"The batch of {global_batch} is larger than the {len(samples)} training images. "
@@ -85,39 +109,48 @@ class Loader:
                 f"Choose a batch of at least {world_size}, or fewer workers."
             )
         self.samples, self.size, self.augment, self.seed = samples, size, augment, seed
+        self.rank, self.world_size = rank, world_size
+        self.plan = Plan(
+            n=len(samples),
+            global_batch=global_batch,
+            seed=seed,
+            shuffle=training,
+            drop_last=training and drop_last,
+            weights_N=weights_N,
+            repeats=repeats,
+        )
+        self._points = size if quality == "normal" else 2 * size
+        self._device = torch.device("cuda", device_id) if device == "gpu" else torch.device("cpu")
+        self._mean_3, self._std_3 = np.asarray(mean, np.float64), np.asarray(std, np.float64)
+        self._watch = Watch(samples, threads)
+        self._images = images_of(samples, self._watch, cache)
+        self._reads_rows = graph.reads_rows(self._images.kind, device)
         self._options: dict[str, Any] = {
             "size": size,
             "device": device,
             "device_id": device_id,
             "threads": threads,
-            "mean": mean,
-            "std": std,
+            "quality": quality,
         }
-        self.rank, self.world_size = rank, world_size
-        self.plan = Plan(n=len(samples), global_batch=global_batch, seed=seed, shuffle=training, drop_last=training)
-        self._device = torch.device("cuda", device_id) if device == "gpu" else torch.device("cpu")
-        self._graph_options: dict[str, Any] = {
-            "size": size,
+        self._statistics = {"mean": mean, "std": std}
+        self._graph_options: dict[str, Any] = self._options | {
             "batch": -(-global_batch // world_size),
-            "device": device,
-            "device_id": device_id,
-            "threads": threads,
+            "kind": self._images.kind,
             "half": half,
             "same_channels": len(set(mean)) == len(set(std)) == 1,
+            "padding": augment.padding if isinstance(augment, Augment) else "reflect",
             "largest": (int(samples.heights_N.max(initial=0)), int(samples.widths_N.max(initial=0))),
         }
-        self._mean_3, self._std_3 = np.asarray(mean, np.float64), np.asarray(std, np.float64)
-        self._watch = Watch(samples, threads)
 
     @property
     def steps(self) -> int:
         """Global batches in an epoch."""
         return self.plan.steps
 
-    def draws(self, epoch: int, positions_N: np.ndarray) -> Draws:
-        """The random parameters of the samples at `positions_N` in `epoch`."""
+    def draws(self, epoch: int, positions_N: np.ndarray, occurrences_N: np.ndarray | None = None) -> Draws:
+        """The random parameters of the samples at `positions_N` in `epoch`, when it sees them for the n-th time."""
         ids_N = self.samples.ids_N[positions_N]
-        return draw(self.augment, uniforms(self.seed, epoch, ids_N, UNIFORMS))
+        return draw(self.augment, uniforms(self.seed, epoch, ids_N, UNIFORMS, occurrences_N))
 
     @property
     def spoiled(self) -> tuple[Spoiled, ...]:
@@ -135,45 +168,54 @@ class Loader:
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         while True:
             try:
-                (images,) = pipeline.run(stream)
+                images, *whole = pipeline.run(stream)
             except StopIteration:
                 return
-            except RuntimeError:
+            except RuntimeError as error:
                 # One image that cannot be decoded fails its batch and ends the pipeline: the same step, without it.
-                if not self._watch.blame([position for _, positions_N in ahead for position in positions_N.tolist()]):
+                self._images.explain(error)
+                if not self._watch.blame([position for fed in ahead for position in fed.positions_N.tolist()]):
                     raise
-                pipeline, ahead = self._start(epoch, ahead[0][0])
+                pipeline, ahead = self._start(epoch, ahead[0].step)
                 continue
-            step, positions_N = ahead.popleft()
+            fed = ahead.popleft()
+            if whole:
+                self._images.keep(fed.positions_N, fed.images, whole[0])
             images_NHWC = torch.from_dlpack(images.as_tensor())
+            labels_N, ids_N = self.samples.labels_N[fed.positions_N], self.samples.ids_N[fed.positions_N]
             yield Batch(
-                step=step,
+                step=fed.step,
                 images_NCHW=images_NHWC.permute(0, 3, 1, 2),  # the memory stays NHWC: torch's channels_last
-                labels_N=torch.from_numpy(self.samples.labels_N[positions_N]).to(self._device, non_blocking=True),
-                ids_N=torch.from_numpy(self.samples.ids_N[positions_N]),
+                labels_N=torch.from_numpy(labels_N).to(self._device, non_blocking=True),
+                ids_N=torch.from_numpy(ids_N),
             )
 
-    def _start(self, epoch: int, step: int) -> tuple[graph.Pipeline, deque[_Ahead]]:
+    def _start(self, epoch: int, step: int) -> tuple[graph.Pipeline, deque[_Fed]]:
         """A pipeline that reads from `step` on, and what it has been given and not yet returned."""
         # It is cheap to build (tens of milliseconds), and one that is not reused has nothing to reset.
-        ahead: deque[_Ahead] = deque()
+        ahead: deque[_Fed] = deque()
         return graph.build(self._source(epoch, step, ahead), **self._graph_options), ahead
 
-    def _source(self, epoch: int, start_step: int, ahead: deque[_Ahead]) -> Iterator[graph.GraphInput]:
+    def _source(self, epoch: int, start_step: int, ahead: deque[_Fed]) -> Iterator[graph.GraphInput]:
         for step in range(start_step, self.steps):
-            planned_N = rank_slice(self.plan.batch(epoch, step), self.rank, self.world_size)
-            if self.augment is None:
-                positions_N = planned_N = planned_N[self._watch.readable(planned_N)]
-            else:
+            entries = self.plan.entries(epoch, step)
+            planned_N, occurrences_N = (rank_slice(part, self.rank, self.world_size) for part in entries)
+            if isinstance(self.augment, Augment):
                 positions_N = self._watch.stand_ins(planned_N)
+            else:
+                readable_N = self._watch.readable(planned_N)
+                planned_N, occurrences_N = planned_N[readable_N], occurrences_N[readable_N]
+                positions_N = planned_N
             if len(positions_N) == 0:  # the tail of a validation set may be smaller than the world
                 continue
-            ahead.append((step, positions_N))
-            yield self._graph_input(positions_N, self.draws(epoch, planned_N))
+            batch = self._graph_input(positions_N, self.draws(epoch, planned_N, occurrences_N))
+            ahead.append(_Fed(step, positions_N, batch.images))
+            yield batch
 
     def alone(self, samples: Samples) -> Loader:
         """A loader that reads `samples` by validation geometry, on one rank, in one batch."""
-        return Loader(samples, global_batch=len(samples), **self._options)
+        centre = None if isinstance(self.augment, Augment) else self.augment
+        return Loader(samples, global_batch=len(samples), augment=centre, **self._options, **self._statistics)
 
     def pictures(self, batch: Batch) -> np.ndarray:
         """The images of a batch as a person sees them, uint8 [N, H, W, 3]."""
@@ -182,22 +224,21 @@ class Loader:
 
     def _graph_input(self, positions_N: np.ndarray, draws: Draws) -> graph.GraphInput:
         heights_N, widths_N = self.samples.heights_N[positions_N], self.samples.widths_N[positions_N]
-        matrix_N33 = compose(draws, heights_N, widths_N, self.size)
-        factor_N = decimation(matrix_N33, self.size)
-        shrunk_N2 = np.maximum(1, np.stack([heights_N, widths_N], axis=1) // factor_N[:, None])
-        matrix_N33 = shrink(matrix_N33, shrunk_N2[:, 1] / widths_N, shrunk_N2[:, 0] / heights_N)
+        matrix_N33 = compose(draws, heights_N, widths_N, self._points)
+        shrunk_N2, matrix_N33 = prefilter(matrix_N33, heights_N, widths_N, self._points)
         # The filter that shrinks an image reads beyond the rows of the warp: where it is at work, all of them.
         rows_N2 = np.stack([np.zeros_like(heights_N), heights_N], axis=1)
-        if graph.reads_rows("files", self._graph_options["device"]):
-            rows_N2 = np.where(factor_N[:, None] > 1, rows_N2, rows(matrix_N33, heights_N, self.size))
+        if self._reads_rows:
+            rows_N2 = np.where(shrunk_N2[:, :1] > 0, rows_N2, rows(matrix_N33, heights_N, self._points))
         matrix_N33 = below(matrix_N33, rows_N2[:, 0])
-        shrunk_N2[factor_N == 1] = 0
         # normalised = (((x / 255 - 0.5) * contrast + 0.5 + brightness) - mean) / std = (x - shift) / scale
         contrast_N1, brightness_N1 = draws.contrast_N[:, None], draws.brightness_N[:, None]
         scale_N3 = 255.0 * self._std_3 / contrast_N1
         shift_N3 = 255.0 * (0.5 + (self._mean_3 - 0.5 - brightness_N1) / contrast_N1)
+        images, paths = self._images.of(positions_N, rows_N2)
         return graph.GraphInput(
-            images=[np.frombuffer(self._watch.file(position), np.uint8) for position in positions_N.tolist()],
+            images=images,
+            paths=paths,
             shrunk_N2=shrunk_N2.astype(np.float32),
             matrix_N33=matrix_N33.astype(np.float32),
             shift_N3=shift_N3.astype(np.float32),

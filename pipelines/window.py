@@ -29,10 +29,8 @@ def rows(source_from_output_N33: np.ndarray, heights_N: np.ndarray, size: int) -
     above_N, below_N = np.maximum(-first_N, 0), np.maximum(stop_N - heights_N, 0)
     stop_N = np.where(above_N > 0, np.maximum(stop_N, above_N + 1), stop_N)
     first_N = np.where(below_N > 0, np.minimum(first_N, heights_N - below_N - 1), first_N)
-    # Read wholly outside, a narrow band could be empty: then, and behind the horizon, all rows.
-    first_N, stop_N = np.maximum(first_N, 0), np.minimum(stop_N, heights_N)
-    some_N = ahead_N & (stop_N - first_N >= 2)
-    return np.stack([np.where(some_N, first_N, 0), np.where(some_N, stop_N, heights_N)], axis=1)
+    rows_N2 = np.stack([np.maximum(first_N, 0), np.minimum(stop_N, heights_N)], axis=1)
+    return np.where(ahead_N[:, None], rows_N2, np.stack([np.zeros_like(heights_N), heights_N], axis=1))
 
 
 def below(source_from_output_N33: np.ndarray, first_N: np.ndarray) -> np.ndarray:

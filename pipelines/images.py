@@ -1,0 +1,104 @@
+"""Where the images of a set are: in files, in a store, or in files and in the cache that fills from them."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from pipelines import graph
+from pipelines.cache import Cache
+from pipelines.errors import UserError, first_line
+from pipelines.manifest import Samples
+from pipelines.standin import Watch
+from pipelines.store import Store
+
+
+class Images(Protocol):
+    """The images of a set, as the graph of this kind takes them."""
+
+    kind: graph.Kind
+
+    def of(self, positions_N: np.ndarray, rows_N2: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
+        """`images` and `paths` of a `GraphInput`, for the samples at these positions, of which these rows are read."""
+        ...
+
+    def keep(self, positions_N: np.ndarray, images: list[np.ndarray], whole: Any) -> None:
+        """Take what a mixed graph has decoded: what `of` gave for a batch, and DALI's list of whole images."""
+        ...
+
+    def explain(self, error: RuntimeError) -> None:
+        """Raise UserError where a failure of the decoder can only mean one thing."""
+        ...
+
+
+def images_of(samples: Samples, watch: Watch, cache: Cache | None) -> Images:
+    """The images of `samples`; a cache is of no use to a store, which has them in memory already."""
+    if samples.store is not None:
+        return _Stored(samples)
+    return _Files(watch) if cache is None else _Cached(samples, watch, cache)
+
+
+class _Files:
+    kind: graph.Kind = "files"
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+
+    def of(self, positions_N: np.ndarray, rows_N2: np.ndarray) -> tuple[list[np.ndarray], None]:
+        return _paths(self._watch, positions_N), None
+
+    def keep(self, positions_N: np.ndarray, images: list[np.ndarray], whole: Any) -> None: ...
+
+    def explain(self, error: RuntimeError) -> None: ...
+
+
+class _Stored:
+    def __init__(self, samples: Samples) -> None:
+        assert samples.store is not None
+        self._ids_N = samples.ids_N
+        self._store = Store.open(samples.store)
+        self.kind: graph.Kind = self._store.kind
+
+    def of(self, positions_N: np.ndarray, rows_N2: np.ndarray) -> tuple[list[np.ndarray], None]:
+        ids_N = self._ids_N[positions_N].tolist()
+        if self.kind == "encoded":
+            return [self._store.encoded(id) for id in ids_N], None
+        spans = rows_N2.tolist()
+        return [self._store.pixels(id)[first:stop] for id, (first, stop) in zip(ids_N, spans, strict=True)], None
+
+    def keep(self, positions_N: np.ndarray, images: list[np.ndarray], whole: Any) -> None: ...
+
+    def explain(self, error: RuntimeError) -> None:
+        raise UserError(
+            f"The store {str(self._store.folder)!r} holds an image that cannot be read any more "
+            f"({first_line(error)}). Its files must have been damaged: pack the images again."
+        ) from error
+
+
+class _Cached:
+    kind: graph.Kind = "mixed"
+
+    def __init__(self, samples: Samples, watch: Watch, cache: Cache) -> None:
+        self._samples, self._watch, self._cache = samples, watch, cache
+
+    def of(self, positions_N: np.ndarray, rows_N2: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        found = [self._cache.get(id) for id in self._samples.ids_N[positions_N].tolist()]
+        spans = rows_N2.tolist()
+        images = [
+            graph.NOT_STORED if pixels is None else pixels[first:stop]
+            for pixels, (first, stop) in zip(found, spans, strict=True)
+        ]
+        return images, _paths(self._watch, positions_N)
+
+    def keep(self, positions_N: np.ndarray, images: list[np.ndarray], whole: Any) -> None:
+        for i, (position, image) in enumerate(zip(positions_N.tolist(), images, strict=True)):
+            id = int(self._samples.ids_N[position])
+            if image is graph.NOT_STORED and self._cache.wants(id):
+                self._cache.put(id, whole.at(i))
+
+    def explain(self, error: RuntimeError) -> None: ...
+
+
+def _paths(watch: Watch, positions_N: np.ndarray) -> list[np.ndarray]:
+    return [np.frombuffer(watch.file(position), np.uint8) for position in positions_N.tolist()]
