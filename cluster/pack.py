@@ -17,7 +17,7 @@ import tyro
 from rich.console import Console
 
 from cluster.source import Source, scanned
-from pipelines import pack as packing
+from pipelines import packing
 from pipelines.errors import UserError
 from trainer.bar import counted
 from trainer.run_folder import printable

@@ -310,16 +310,6 @@ def _jacobian(source_from_output_N33: np.ndarray, size: int) -> np.ndarray:
     )
 
 
-def decimation(source_from_output_N33: np.ndarray, size: int) -> np.ndarray:
-    """By how much an image is shrunk, whole pixels into one, before the warp reads it; int64 [N], 1 means not at all.
-
-    Bilinear interpolation looks at four pixels: read further apart than two pixels, it skips some, and fine patterns
-    alias. The distance is the geometric mean of the singular values of the map's Jacobian at the image centre.
-    """
-    distance_N = np.sqrt(np.abs(np.linalg.det(_jacobian(source_from_output_N33, size))))
-    return np.where(distance_N > 2.0, distance_N, 1.0).astype(np.int64)
-
-
 def prefilter(
     source_from_output_N33: np.ndarray, heights_N: np.ndarray, widths_N: np.ndarray, size: int
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -14,11 +14,11 @@ import nvidia.dali.types as types
 from nvidia.dali import Pipeline, pipeline_def
 from nvidia.dali.pipeline import do_not_convert
 
+from pipelines.geometry import Padding
+
 Device = Literal["cpu", "gpu"]
 Kind = Literal["files", "encoded", "decoded", "mixed"]
 """Where images are: in files; in memory, as the bytes of files; in memory, decoded; some in files, some decoded."""
-Padding = Literal["reflect", "zeros", "border"]
-"""What lies around an image: its mirror image, nothing, or its outermost pixels."""
 Quality = Literal["normal", "high"]
 """Bilinear interpolation at each output pixel, or the mean of it at 2 x 2 points of each."""
 

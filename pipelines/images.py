@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Protocol
 
 import numpy as np
 
 from pipelines import graph
 from pipelines.cache import Cache
+from pipelines.decode import Decoder
 from pipelines.errors import UserError, first_line
 from pipelines.manifest import Samples
 from pipelines.standin import Watch
@@ -37,6 +39,18 @@ def images_of(samples: Samples, watch: Watch, cache: Cache | None) -> Images:
     if samples.store is not None:
         return _Stored(samples)
     return _Files(watch) if cache is None else _Cached(samples, watch, cache)
+
+
+def pixels_of(samples: Samples, position: int) -> np.ndarray:
+    """The image of a sample as the warp reads it on a CPU, uint8 [H, W, 3].
+
+    Raises:
+        RuntimeError: DALI cannot decode it.
+    """
+    if samples.store is None:
+        return graph.decoded(os.path.join(samples.root, samples.paths[position]))
+    store, id = Store.open(samples.store), int(samples.ids_N[position])
+    return store.pixels(id) if store.kind == "decoded" else Decoder(1, 1).run([store.encoded(id).tobytes()])[0]
 
 
 class _Files:

@@ -21,12 +21,13 @@ from pipelines.geometry import (
     Draws,
     augmentation,
     compose,
-    decimation,
     draw,
     placement,
+    prefilter,
     square_from_output,
     stepwise,
 )
+from pipelines.images import pixels_of
 from pipelines.labels import Csv, Labels, Regex
 from pipelines.loader import Loader
 from pipelines.manifest import Manifest, Samples
@@ -95,8 +96,7 @@ def compare(samples: Samples, position: int, *, size: int, seed: int, epoch: int
     loader = Loader(one, size=size, global_batch=1, seed=seed, augment=_UNLIT)
     once = loader.pictures(next(loader.epoch(epoch)))[0]
     draws = loader.draws(epoch, np.zeros(1, np.int64))
-    image_HWC = graph.decoded(os.path.join(one.root, one.paths[0]))
-    repeated, interpolations = repeat(image_HWC, draws, size)
+    repeated, interpolations = repeat(pixels_of(one, 0), draws, size)
     top, left, side = _liveliest(once)
     window = np.s_[top : top + side, left : left + side]
     return Comparison(
@@ -183,7 +183,11 @@ def summary(
     else:
         position = find(samples, image)
     training = samples is manifest.train
-    yield from _read(os.path.join(samples.root, samples.paths[position]))
+    if samples.store is None:
+        yield from _read(os.path.join(samples.root, samples.paths[position]))
+    else:
+        yield f"store     {str(samples.store)!r}, row {samples.ids_N[position]}: {samples.paths[position]!r}"
+        yield _decoded(pixels_of(samples, position))
 
     label = int(samples.labels_N[position])
     yield f"label     {samples.classes[label]!r}, {label} of 0–{len(samples.classes) - 1}; {_origin(labels)}"
@@ -199,8 +203,9 @@ def summary(
     yield from _matrix("A", "augmentation in the square", augmentation(draws)[0])
     yield from _matrix("D", "output into square", square_from_output(size))
     yield from _matrix("S·A·D", "output pixel into image", matrix_N33[0])
-    factor = int(decimation(matrix_N33, size)[0])
-    yield "shrink    " + (f"by {factor} first, antialiased" if factor > 1 else "none: minified by less than two")
+    height, width = prefilter(matrix_N33, heights_N, widths_N, size)[0][0]
+    words = f"to {height} x {width} first, antialiased" if height else "none: minified by no more than two"
+    yield f"shrink    {words}"
     alone = Loader(samples.subset([position]), size=size, global_batch=1, seed=seed, augment=augment)
     yield f"output    {_tensor(next(alone.epoch(0)).images_NCHW)}"
 
@@ -228,10 +233,15 @@ def _read(file: str) -> Iterator[str]:
         pixels_HWC = graph.decoded(file)
     except RuntimeError as error:
         raise UserError(f"The way ends at the pixels: {first_line(error)}.") from None
+    with Image.open(file) as opened:  # a PNG may hold its EXIF behind its pixels, which are known to be good by now
+        turned = opened.getexif().get(0x0112, 1)
+    yield f"{_decoded(pixels_HWC)}, EXIF orientation {turned} applied"
+
+
+def _decoded(pixels_HWC: np.ndarray) -> str:
     means = ", ".join(f"{mean:.0f}" for mean in pixels_HWC.mean(axis=(0, 1)))
-    yield (
+    return (
         f"decoded   {' x '.join(map(str, pixels_HWC.shape))} (height, width, RGB), "
-        f"EXIF orientation {header.orientation} applied, "
         f"{pixels_HWC.dtype} {pixels_HWC.min()}–{pixels_HWC.max()}, mean {means}"
     )
 

@@ -12,7 +12,6 @@ from pipelines.geometry import (
     Centre,
     augmentation,
     compose,
-    decimation,
     draw,
     padded_share,
     perspective,
@@ -216,17 +215,6 @@ def test_impossible_augmentation_is_refused(bad):
 def test_impossible_validation_is_refused(crop_pct):
     with pytest.raises(ValueError, match=f"crop_pct is {crop_pct}"):
         Centre(crop_pct=crop_pct)
-
-
-def test_decimation_follows_the_distance_between_the_pixels_read(draws):
-    size, heights_N, widths_N = 64, np.full(N, 900), np.full(N, 1000)
-    matrix_N33 = compose(draws, heights_N, widths_N, size)
-    middle = np.array([[32, 32], [32.001, 32], [32, 32.001]])
-    for matrix_33, factor in zip(matrix_N33, decimation(matrix_N33, size), strict=True):
-        centre, right, down = apply(matrix_33, middle)
-        area = abs(np.linalg.det(np.stack([right - centre, down - centre]) / 0.001))
-        assert factor == int(area**0.5)
-    assert (decimation(compose(draws, heights_N // 8, widths_N // 8, size), size) == 1).all()
 
 
 def test_a_shrunk_image_is_read_at_the_same_places(draws):

@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from pipelines import graph
-from pipelines import pack as packing
+from pipelines import graph, packing
 from pipelines.errors import UserError
 from pipelines.labels import Regex
-from pipelines.pack import pack
+from pipelines.packing import pack
 from pipelines.scanning import scan
 from pipelines.store import Store
 from tests.conftest import picture

@@ -118,7 +118,7 @@ def test_the_summary_tells_the_whole_way(manifest):
     text, error = told(manifest, image="train/class2/005.png")
     assert error is None
     assert "header    PNG, RGB, 128 x 96" in text
-    assert "decoded   96 x 128 x 3 (height, width, RGB), EXIF orientation 1 applied" in text
+    assert "decoded   96 x 128 x 3 (height, width, RGB), uint8 " in text and "EXIF orientation 1 applied" in text
     assert "'class2', 2 of 0–2; the name of its folder" in text
     assert "training, one of 53" in text
     assert "S·A·D" in text

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pipelines.errors import UserError
-from pipelines.pack import pack
+from pipelines.packing import pack
 from pipelines.scanning import scan
 from pipelines.store import INDEX, MANIFEST, META, Store, is_store
 
