@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -12,6 +13,7 @@ from rich.console import Console
 from cluster.source import Source, scanned
 from pipelines import preview
 from pipelines.errors import UserError
+from pipelines.geometry import Augment
 from pipelines.labels import Labels
 from pipelines.manifest import Manifest
 from trainer import TrainConfig, figures
@@ -30,6 +32,8 @@ class Look(Source):
     """Images are squares of this many pixels."""
     seed: int = 0
     """Seed of order and augmentation."""
+    augment: Augment = field(default_factory=Augment)
+    """What training does to an image."""
     image: str | None = None
     """Path of one image, relative to the folder. Default: the first."""
 
@@ -60,25 +64,26 @@ class Summary(Look):
     """Images in a step."""
 
 
-def show_batch(config: tyro.conf.OmitArgPrefixes[ShowBatch]) -> None:
+def show_batch(config: Annotated[ShowBatch, tyro.conf.arg(name="")]) -> None:
     """Draw a batch as training sees it, with its labels, or one image under many augmentations."""
     console = Console()
     manifest, _ = _described(config, TrainConfig().batch, console)
-    train, size, seed = manifest.train, config.size, config.seed
+    train = manifest.train
+    view: dict[str, Any] = {"size": config.size, "seed": config.seed, "augment": config.augment}
     if config.same:
         position = preview.find(train, config.image)
-        pictures, titles = preview.same_pictures(train, position, size=size, seed=seed, count=SAME)
+        pictures, titles = preview.same_pictures(train, position, count=SAME, **view)
     elif config.compare:
         first = preview.find(train, config.image)
         tiles, titles = [], []
         spread = range(0, len(train), max(1, len(train) // COMPARED))[:COMPARED] if config.image is None else [first]
         for position in spread:
-            pair = preview.compare(train, position, size=size, seed=seed)
+            pair = preview.compare(train, position, **view)
             tiles += [pair.once, pair.once_detail, pair.repeated, pair.repeated_detail]
             titles += ["one warp", "detail", f"{pair.interpolations} interpolations", "detail"]
         pictures = np.stack(tiles)
     else:
-        pictures, titles = preview.batch_pictures(train, size=size, seed=seed, count=BATCH)
+        pictures, titles = preview.batch_pictures(train, count=BATCH, **view)
     try:
         figures.plot_batch(config.out, pictures, titles)
     except OSError as error:
@@ -88,12 +93,18 @@ def show_batch(config: tyro.conf.OmitArgPrefixes[ShowBatch]) -> None:
     console.print(f"picture   {config.out}", highlight=False, markup=False, soft_wrap=True)
 
 
-def summarise(config: tyro.conf.OmitArgPrefixes[Summary]) -> None:
+def summarise(config: Annotated[Summary, tyro.conf.arg(name="")]) -> None:
     """Tell one image's whole way: file, header, pixels, label, draw, matrices, output, batch; or where it ends."""
     console = Console()
     manifest, labels = _described(config, config.batch, console)
     lines = preview.summary(
-        manifest, labels, config.image, size=config.size, seed=config.seed, batch=min(config.batch, len(manifest.train))
+        manifest,
+        labels,
+        config.image,
+        size=config.size,
+        seed=config.seed,
+        batch=min(config.batch, len(manifest.train)),
+        augment=config.augment,
     )
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -101,7 +112,7 @@ def summarise(config: tyro.conf.OmitArgPrefixes[Summary]) -> None:
 
 def _described(look: Look, batch: int, console: Console) -> tuple[Manifest, Labels]:
     """Scan the folder and describe it."""
-    config = look.config(size=look.size, seed=look.seed, batch=batch)
+    config = look.config(size=look.size, seed=look.seed, batch=batch, augment=look.augment)
     manifest, labels = scanned(config, console)
     describe(manifest, config, console)
     return manifest, labels

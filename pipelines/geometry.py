@@ -21,6 +21,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from pipelines.errors import UserError
+
 Crop = Literal["square", "resized"]
 Padding = Literal["reflect", "zeros", "border"]
 
@@ -75,10 +77,10 @@ class Augment:
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"Augment.{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}")
+                raise UserError(f"Augment.{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}")
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
-                raise ValueError(f"Augment.{name} is {getattr(self, name)}; it must lie between {low} and {high}")
+                raise UserError(f"Augment.{name} is {getattr(self, name)}; it must lie between {low} and {high}")
 
     @classmethod
     def imagenet(cls) -> Augment:
@@ -96,7 +98,7 @@ class Centre:
 
     def __post_init__(self) -> None:
         if not 0.01 <= self.crop_pct <= 1:
-            raise ValueError(f"Centre.crop_pct is {self.crop_pct}; it must lie between 0.01 and 1")
+            raise UserError(f"Centre.crop_pct is {self.crop_pct}; it must lie between 0.01 and 1")
 
 
 TRIES = 10  # rectangles that ImageNet's crop draws for a sample, the first that fits in the image being taken

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from pipelines.geometry import (
     UNIFORMS,
     Augment,
     Draws,
+    ResizedDraws,
     augmentation,
     compose,
     draw,
@@ -33,7 +34,6 @@ from pipelines.loader import Loader
 from pipelines.manifest import Manifest, Samples
 from pipelines.plan import uniforms
 
-_UNLIT = Augment(max_lighting=0.0)  # for comparisons of geometry
 _DETAIL = 4  # a detail shows this part of the side
 
 
@@ -60,16 +60,20 @@ def _spelled(image: str, root: Path, known: Collection[str]) -> str:
     return name if name in known else os.path.relpath(image, root)
 
 
-def batch_pictures(samples: Samples, *, size: int, seed: int, count: int) -> tuple[np.ndarray, list[str]]:
+def batch_pictures(
+    samples: Samples, *, size: int, seed: int, count: int, augment: Augment
+) -> tuple[np.ndarray, list[str]]:
     """The first `count` images that training would show, uint8 [N, size, size, 3], with their classes."""
-    loader = Loader(samples, size=size, global_batch=min(count, len(samples)), seed=seed, augment=Augment())
+    loader = Loader(samples, size=size, global_batch=min(count, len(samples)), seed=seed, augment=augment)
     batch = next(loader.epoch(0))
     return loader.pictures(batch), [samples.classes[label] for label in batch.labels_N]
 
 
-def same_pictures(samples: Samples, position: int, *, size: int, seed: int, count: int) -> tuple[np.ndarray, list[str]]:
+def same_pictures(
+    samples: Samples, position: int, *, size: int, seed: int, count: int, augment: Augment
+) -> tuple[np.ndarray, list[str]]:
     """One image as the first `count` epochs of training show it, uint8 [count, size, size, 3], with titles."""
-    loader = Loader(samples.subset([position]), size=size, global_batch=1, seed=seed, augment=Augment())
+    loader = Loader(samples.subset([position]), size=size, global_batch=1, seed=seed, augment=augment)
     pictures = [loader.pictures(next(loader.epoch(epoch)))[0] for epoch in range(count)]
     name = samples.classes[samples.labels_N[position]]
     return np.stack(pictures), [f"{name}, epoch {epoch}" for epoch in range(count)]
@@ -90,10 +94,13 @@ class Comparison:
     """How often the repeated picture was interpolated."""
 
 
-def compare(samples: Samples, position: int, *, size: int, seed: int, epoch: int = 0) -> Comparison:
-    """The book's picture (fastai, chapter 5): presizing's promise, one interpolation against many."""
+def compare(
+    samples: Samples, position: int, *, size: int, seed: int, epoch: int = 0, augment: Augment | None = None
+) -> Comparison:
+    """The book's picture (fastai, chapter 5): presizing's promise, one interpolation against many; light left out."""
     one = samples.subset([position])
-    loader = Loader(one, size=size, global_batch=1, seed=seed, augment=_UNLIT)
+    unlit = replace(augment or Augment(), max_lighting=0.0)
+    loader = Loader(one, size=size, global_batch=1, seed=seed, augment=unlit)
     once = loader.pictures(next(loader.epoch(epoch)))[0]
     draws = loader.draws(epoch, np.zeros(1, np.int64))
     repeated, interpolations = repeat(pixels_of(one, 0), draws, size)
@@ -158,14 +165,21 @@ def _magnified(detail_HWC: np.ndarray, size: int) -> np.ndarray:
 
 
 def summary(
-    manifest: Manifest, labels: Labels, image: str | None, *, size: int, seed: int, batch: int
+    manifest: Manifest,
+    labels: Labels,
+    image: str | None,
+    *,
+    size: int,
+    seed: int,
+    batch: int,
+    augment: Augment,
 ) -> Iterator[str]:
     """One training image's way from the file to its place in a batch, a line at a time.
 
     Args:
         manifest: of the folder, scanned with `labels`.
         image: path relative to the root; `None` takes the first that training would read.
-        size, seed, batch: as training would have them.
+        size, seed, batch, augment: as training would have them.
 
     Raises:
         UserError: at the step that fails, after the lines of those before it.
@@ -174,7 +188,7 @@ def summary(
     if image is not None and (name := _spelled(image, manifest.root, left_out)) in left_out:
         yield from _read(os.path.join(manifest.root, name))
         raise UserError(f"The way ends at the label: {left_out[name]}.")  # the file itself is good
-    loader = Loader(manifest.train, size=size, global_batch=batch, seed=seed, augment=Augment())
+    loader = Loader(manifest.train, size=size, global_batch=batch, seed=seed, augment=augment)
     samples = manifest.train
     if image is None:
         position = int(loader.plan.batch(0, 0)[0])
@@ -194,8 +208,8 @@ def summary(
     part = "training" if training else "validation"
     yield f"split     {part}, one of {len(samples):,}; id {samples.ids_N[position]} in the manifest"
 
-    augment = Augment() if training else None
-    draws = draw(augment, uniforms(seed, 0, samples.ids_N[[position]], UNIFORMS))
+    read = augment if training else None
+    draws = draw(read, uniforms(seed, 0, samples.ids_N[[position]], UNIFORMS))
     heights_N, widths_N = samples.heights_N[[position]], samples.widths_N[[position]]
     yield f"draw      {_drawn(draws, seed)}" if training else "draw      none: validation reads the centred square"
     matrix_N33 = compose(draws, heights_N, widths_N, size)
@@ -206,7 +220,7 @@ def summary(
     height, width = prefilter(matrix_N33, heights_N, widths_N, size)[0][0]
     words = f"to {height} x {width} first, antialiased" if height else "none: minified by no more than two"
     yield f"shrink    {words}"
-    alone = Loader(samples.subset([position]), size=size, global_batch=1, seed=seed, augment=augment)
+    alone = Loader(samples.subset([position]), size=size, global_batch=1, seed=seed, augment=read)
     yield f"output    {_tensor(next(alone.epoch(0)).images_NCHW)}"
 
     first = next(loader.epoch(0))
@@ -257,10 +271,12 @@ def _origin(labels: Labels) -> str:
 
 
 def _drawn(draws: Draws, seed: int) -> str:
-    value = {name.removesuffix("_N"): float(array_N[0]) for name, array_N in vars(draws).items()}
+    value = {f.name.removesuffix("_N"): float(getattr(draws, f.name)[0]) for f in fields(Draws)}
+    crop = f"crop {value['crop_side']:.3f} of the side at ({value['crop_x']:+.2f}, {value['crop_y']:+.2f})"
+    if isinstance(draws, ResizedDraws):
+        crop = f"crop {draws.areas_NT[0, 0]:.3f} of the area, {draws.ratios_NT[0, 0]:.3f} as wide as high, if it fits"
     return (
-        f"(seed {seed}, epoch 0) crop {value['crop_side']:.3f} of the side "
-        f"at ({value['crop_x']:+.2f}, {value['crop_y']:+.2f}), "
+        f"(seed {seed}, epoch 0) {crop}, "
         f"{'flipped' if value['flip'] < 0 else 'not flipped'}, rotated {np.degrees(value['angle']):+.1f}°, "
         f"zoom {value['zoom']:.3f}, tilt ({value['warp_x']:+.3f}, {value['warp_y']:+.3f}), "
         f"brightness {value['brightness']:+.3f}, contrast {value['contrast']:.3f}"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
 from pipelines.errors import UserError, first_line
+from pipelines.geometry import Augment
 
 SIZES = (32, 1024)
 
@@ -31,6 +32,25 @@ class TrainConfig:
     """Share of the images held out where the data brings no split of its own."""
     split_seed: int = 42
     """Seed of that split."""
+
+    subset: float = 1.0
+    """Share of each class to use, for a quick try; of training and validation alike."""
+    sampling: Literal["each", "balanced"] = "each"
+    """`each`: an epoch sees each image once. `balanced`: each class equally often, in as many images."""
+    repeats: int = 1
+    """Repeated augmentation: how often a batch holds each of its images, augmented anew; divides --batch."""
+    augment: Augment = field(default_factory=Augment)
+    """What training does to an image. Defaults: those of fastai's `aug_transforms`, with presizing."""
+    crop_pct: float = 1.0
+    """Validation reads the centred square whose side is this share of the shorter side."""
+    quality: Literal["normal", "high"] = "normal"
+    """`high` reads each pixel at 2 x 2 points: sharper and cleaner, and a slower warp."""
+    cache: Literal["off", "decoded"] = "off"
+    """`decoded` keeps each image's pixels on the local disk ($ONEWARP_CACHE) while a first epoch decodes them."""
+    cache_limit: float | None = None
+    """Most GB that the cache takes on each machine. Default: half of what is free on that disk."""
+    cache_keep: bool = False
+    """Keep the cache for the next run on the same images."""
 
     model: str = "tf_efficientnet_lite0"
     """Body: the name of a convolutional classifier of torchvision or timm. The default needs no download."""
@@ -83,6 +103,18 @@ class TrainConfig:
                 raise UserError(f"--{flag} is {value}; it must be {must}.")
 
         check(SIZES[0] <= self.size <= SIZES[1], "size", self.size, f"between {SIZES[0]} and {SIZES[1]} pixels")
+        check(0 < self.subset <= 1, "subset", self.subset, "above 0, and at most 1")
+        check(self.repeats >= 1, "repeats", self.repeats, "1 or more")
+        check(
+            self.repeats < 1 or self.batch % self.repeats == 0,
+            "repeats",
+            self.repeats,
+            f"a divisor of the batch, {self.batch}",
+        )
+        check(0.01 <= self.crop_pct <= 1, "crop-pct", self.crop_pct, "between 0.01 and 1")
+        check(self.cache_limit is None or self.cache_limit > 0, "cache-limit", self.cache_limit, "more than 0 GB")
+        for flag, value in (("cache-limit", self.cache_limit), ("cache-keep", self.cache_keep or None)):
+            check(value is None or self.cache != "off", flag, value, "left out where --cache is off")
         check(self.batch >= 2, "batch", self.batch, "at least 2: batch-norm has no variance of one image")
         check(self.epochs >= 0, "epochs", self.epochs, "0 or more")
         check(self.freeze_epochs >= 0, "freeze-epochs", self.freeze_epochs, "0 or more")
@@ -122,10 +154,9 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
         """The inverse of `as_dict`; an unknown key is an error, never ignored."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise UserError(f"Unknown setting {unknown[0]!r}; the settings are: {', '.join(sorted(known))}.")
+        _refuse_unknown(values, cls)
+        if isinstance(values.get("augment"), dict):
+            _refuse_unknown(values["augment"], Augment)
         try:
             return TypeAdapter(cls).validate_python(values)
         except ValidationError as error:
@@ -145,3 +176,10 @@ class TrainConfig:
         if not isinstance(values, dict):
             raise UserError(f"{path} holds a {type(values).__name__}; a configuration is a JSON object.")
         return cls.from_dict(values)
+
+
+def _refuse_unknown(values: dict[str, Any], cls: Any) -> None:
+    known = {field.name for field in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise UserError(f"Unknown setting {unknown[0]!r}; the settings are: {', '.join(sorted(known))}.")

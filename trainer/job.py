@@ -42,7 +42,7 @@ Launcher = Callable[[Path, Goal, int], None]
 
 # Settings that may differ when a run goes on: the images and their order stay the same. (Another number of workers
 # draws other dropout and sees other batch statistics.)
-FREE_TO_CHANGE = {"workers", "threads", "wandb", "runs", "name"}
+FREE_TO_CHANGE = {"workers", "threads", "wandb", "runs", "name", "cache", "cache_limit", "cache_keep"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,10 +190,17 @@ def prepare(config: TrainConfig, console: Console) -> tuple[RunFolder, Manifest]
 
     manifest = read_images(data, labels, config, console)
     describe(manifest, config, console)
-    if config.batch > len(manifest.train):
+    count = len(manifest.train.share(config.subset, config.split_seed))
+    if config.batch > count:
+        part = "" if config.subset == 1 else f" of --subset {config.subset:g}"
         raise UserError(
-            f"--batch {config.batch} is larger than the {len(manifest.train)} training images. "
-            f"Choose --batch {max(2, len(manifest.train) // 4)} or less."
+            f"--batch {config.batch} is larger than the {count} training images{part}. "
+            f"Choose --batch {max(2, count // 4)} or less."
+        )
+    if config.cache != "off" and manifest.store is not None:
+        raise UserError(
+            f"--cache {config.cache} is given, and {str(manifest.store)!r} is a store: the cache fills from files. "
+            "Leave it out, or pack the images with --decoded."
         )
     torch.manual_seed(config.seed)
     model = models.build(config.model, head=config.head, classes=len(manifest.classes), size=config.size)
@@ -278,7 +285,7 @@ def slug(name: str) -> str:
 
 
 def _check_same(folder: RunFolder, config: TrainConfig) -> None:
-    before, now = folder.read_config().as_dict(), config.as_dict()
+    before, now = _flat(folder.read_config().as_dict()), _flat(config.as_dict())
     changed = [key for key in now if key not in FREE_TO_CHANGE and now[key] != before[key]]
     if changed:
         told = ", ".join(f"--{key.replace('_', '-')} was {before[key]} and is now {now[key]}" for key in changed)
@@ -288,13 +295,25 @@ def _check_same(folder: RunFolder, config: TrainConfig) -> None:
         )
 
 
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings by the names of their flags: `augment.flip`."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= {f"{name}.{key}": below for key, below in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
 def describe(manifest: Manifest, config: TrainConfig, console: Console) -> None:
     """Say what was found, and how batches divide it."""
     found(manifest, config, console, "in quarantine.txt in the run's folder")
-    steps, left = divmod(len(manifest.train), config.batch)
+    train, valid = (part.share(config.subset, config.split_seed) for part in (manifest.train, manifest.valid))
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    if config.subset < 1:
+        say(f"subset    {len(train):,} to train, {len(valid):,} to validate: {config.subset:.3g} of each class")
+    steps, left = divmod(len(train), config.batch)
     if left:
         words = f"{steps} of {config.batch} an epoch; the last {left} images of each epoch's order are dropped"
-        console.print(f"batches   {words}", highlight=False, markup=False, soft_wrap=True)
+        say(f"batches   {words}")
 
 
 def found(manifest: Manifest, config: TrainConfig, console: Console, where: str) -> None:
@@ -369,9 +388,10 @@ def _continuing(result: Result, config: TrainConfig) -> list[str]:
     """The command that trains the result further: the same data, split and settings, another seed."""
     replaced = {"data", "name", "lr", "pretrained", "weights", "epochs", "freeze_epochs", "seed"}
     words = ["onewarp", "train", "--data", config.data]
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name not in replaced and value != field.default:
-            words += [f"--{field.name.replace('_', '-')}", str(value)]
+    defaults = _flat(TrainConfig().as_dict())
+    for name, value in _flat(config.as_dict()).items():
+        if name not in replaced and value != defaults[name]:
+            flag = f"--{name.replace('_', '-')}"
+            words += [flag] if value is True else [flag, str(value)]
     model = os.path.relpath(RunFolder(result.folder).model)
     return [*words, "--weights", model, "--freeze-epochs", "0", "--epochs", "3", "--seed", str(config.seed + 1)]

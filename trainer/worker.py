@@ -11,6 +11,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ import nvidia.dali
 import safetensors.torch
 import torch
 
+from pipelines.cache import Cache
 from pipelines.errors import UserError
-from pipelines.geometry import Augment
+from pipelines.geometry import Centre
 from pipelines.loader import Batch, Loader
 from pipelines.manifest import Manifest, Quarantined
-from pipelines.plan import RANGE_TEST_EPOCH
+from pipelines.plan import RANGE_TEST_EPOCH, balanced
 from trainer import checkpoint, evaluate, figures, models, optim, precision, schedule
 from trainer.config import Goal
 from trainer.interpret import confusion_matrix, most_confused
@@ -34,10 +36,10 @@ from trainer.lr_range import range_test
 from trainer.ranks import Ranks
 from trainer.run_folder import RunFolder
 
+Report = Callable[[dict[str, float]], None]
 
-def run(
-    path: Path, goal: Goal, ranks: Ranks, report: Callable[[dict[str, float]], None] = lambda metrics: None
-) -> None:
+
+def run(path: Path, goal: Goal, ranks: Ranks, report: Report = lambda metrics: None) -> None:
     """Carry out the run prepared in the folder `path`, from its newest checkpoint if it has one.
 
     Args:
@@ -46,10 +48,16 @@ def run(
         ranks: this process among the others; the process group is up.
         report: told the metrics of each epoch, on every rank (an engine that watches the run).
     """
+    with ExitStack() as closing:
+        _run(path, goal, ranks, report, closing)
+
+
+def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, closing: ExitStack) -> None:
     started = time.time()
     folder, lead = RunFolder(path), ranks.rank == 0
     config = folder.read_config()
     journal = Journal(folder.journal if lead else None)
+    closing.callback(journal.close)
     threads = config.threads or ranks.cores
     torch.set_num_threads(threads)
 
@@ -57,6 +65,19 @@ def run(
     manifest = Manifest.read(folder.manifest)
     numbers = precision.resolve(config.precision, ranks.device)
     statistics = models.statistics(config.model)
+    train_samples, valid_samples = (
+        part.share(config.subset, config.split_seed) for part in (manifest.train, manifest.valid)
+    )
+    cache = None
+    if config.cache == "decoded":
+        cache = closing.enter_context(
+            Cache.open(
+                manifest,
+                limit=None if config.cache_limit is None else int(config.cache_limit * 1e9),
+                keep=config.cache_keep,
+                warn=lambda message: journal.write("warning", message=message),
+            )
+        )
     common: dict[str, Any] = {
         "size": config.size,
         "global_batch": config.batch,
@@ -69,9 +90,12 @@ def run(
         "mean": statistics.mean,
         "std": statistics.std,
         "half": numbers.half_images,
+        "quality": config.quality,
+        "cache": cache,
     }
-    train = Loader(manifest.train, augment=Augment(), **common)
-    valid = Loader(manifest.valid, augment=None, **common)
+    weights_N = balanced(train_samples.labels_N) if config.sampling == "balanced" else None
+    train = Loader(train_samples, augment=config.augment, weights_N=weights_N, repeats=config.repeats, **common)
+    valid = Loader(valid_samples, augment=Centre(crop_pct=config.crop_pct), **common)
 
     # Model and optimiser
     model = models.build(config.model, head=config.head, classes=len(manifest.classes), size=config.size)
@@ -86,8 +110,8 @@ def run(
         command=goal,
         config=config.as_dict(),
         classes=list(manifest.classes),
-        train=len(manifest.train),
-        valid=len(manifest.valid),
+        train=len(train_samples),
+        valid=len(valid_samples),
         quarantined=len(manifest.quarantine),
         world_size=ranks.world_size,
         device=str(ranks.device),
@@ -129,7 +153,6 @@ def run(
                 folder.figure("lr_find"), curve.lrs, curve.losses, curve.smoothed, curve.suggestions, base_lr
             )
     if goal == "lr-find":
-        journal.close()
         return
 
     # Training
@@ -204,7 +227,6 @@ def run(
             seconds=time.time() - started,
             run_folder=str(path),
         )
-    journal.close()
 
 
 def endless(loader: Loader) -> Iterator[Batch]:

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop, v2
 
+from pipelines.errors import UserError
 from pipelines.geometry import (
     UNIFORMS,
     Augment,
@@ -207,13 +208,13 @@ def test_the_draws_of_a_sample_never_change(draws):
 )
 def test_impossible_augmentation_is_refused(bad):
     ((name, value),) = bad.items()
-    with pytest.raises(ValueError, match=f"Augment.{name} is {value!r}; it must"):
+    with pytest.raises(UserError, match=f"Augment.{name} is {value!r}; it must"):
         Augment(**bad)
 
 
 @pytest.mark.parametrize("crop_pct", [0, 1.1, float("nan")])
 def test_impossible_validation_is_refused(crop_pct):
-    with pytest.raises(ValueError, match=f"crop_pct is {crop_pct}"):
+    with pytest.raises(UserError, match=f"crop_pct is {crop_pct}"):
         Centre(crop_pct=crop_pct)
 
 
