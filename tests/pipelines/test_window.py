@@ -19,9 +19,10 @@ AUGMENTS = {
 def matrices(augment, n=300):
     rng = np.random.default_rng(3)
     heights_N, widths_N = rng.integers(2, 400, n), rng.integers(2, 400, n)
-    if augment == "at the edges":  # small views that lie across an edge, or outside
+    if augment == "at the edges":  # small views that lie across an edge, or outside but less than a height away
+        heights_N = rng.integers(130, 400, n)
         matrix_N33 = np.tile(np.eye(3), (n, 1, 1)) * rng.uniform(0.3, 1.5, (n, 1, 1))
-        matrix_N33[:, 1, 2] = rng.uniform(-80, 480, n)
+        matrix_N33[:, 1, 2] = rng.uniform(-0.8, 1.5, n) * heights_N
         matrix_N33[:, 2, 2] = 1
         return matrix_N33, heights_N
     return compose(draw(augment, rng.random((n, 20))), heights_N, widths_N, SIZE), heights_N
