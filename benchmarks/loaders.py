@@ -1,134 +1,175 @@
-"""Images per second of our loader and of the conventional torchvision chain, on the same files.
+"""Images per second, and core time an image, of our loader and of the other ways to read the same files.
 
     python -m benchmarks.loaders --data DIR [--json FILE]
 
-The ways take turns, round by round, so that a machine whose speed drifts does not favour one. Each round reads
-`--images` images from files to normalised float batches; starting workers and pipelines is outside the clock, and so
-is the first batch.
+The ways take turns, round by round, so that a machine whose speed drifts does not favour one. In its turn a way reads
+for `--seconds`, in whole batches, from files to normalised float images; a slow way finishes the batches it has begun.
+Outside the clock are the start of workers and pipelines, the batches read ahead (drained before the clock starts), and
+whatever the others still had to finish. Ratios are taken within a round, then their median.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
+import numpy as np
 import torch
 import tyro
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
-from benchmarks.record import Row, write
-from pipelines import Augment, Loader, Samples, scan
-from pipelines.datasets import named_dataset
-from pipelines.labels import Regex
+from benchmarks import peers
+from benchmarks.record import Figure, Options, Record, open_data
+from pipelines import Augment, Loader, Samples
+
+OURS = "onewarp Loader, full augmentation"
+SPEED, COST = "img/s", "core-ms/img"
+FASTER, CHEAPER = "ours ÷ this, by the clock", "ours ÷ this, by core time"
+_LONG = 100_000  # images in an epoch, the set repeated: no epoch ends within a round
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class LoaderOptions(Options):
     """Compare loaders."""
 
-    data: str = "breeds"
-    """Folder of images, or the name of an embedded data set."""
     size: int = 224
     """Pixels."""
     batch: int = 64
     """Images in a batch."""
-    threads: int = 2
-    """Decoding threads of ours, worker processes of the others."""
-    images: int = 512
-    """Images read in each round."""
-    rounds: int = 5
-    """Measurements of each way."""
-    json: Path | None = None
-    """Write the record here."""
+    seconds: float = 3.0
+    """How long each way reads in a round, at least."""
+    rounds: int = 6
+    """Measurements of each way; six is the fewest that have a 95% interval."""
 
 
-class Files(Dataset):
-    """The same files as `Samples`, read by Pillow."""
-
-    def __init__(self, samples: Samples, transform: Callable) -> None:
-        self.samples, self.transform = samples, transform
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        with Image.open(self.samples.root / self.samples.paths[index]) as image:
-            return self.transform(image.convert("RGB")), int(self.samples.labels_N[index])
-
-
-def conventional(size: int) -> list:
-    """The transforms as they are usually chained: each interpolates and rounds by itself."""
-    return [
-        v2.Resize(460),
-        v2.RandomCrop(460),
-        v2.RandomRotation([-10, 10], interpolation=v2.InterpolationMode.BILINEAR),
-        v2.RandomResizedCrop(size, scale=(0.75, 1.0), ratio=(1.0, 1.0)),
-        v2.RandomPerspective(0.2, p=0.75),
-        v2.RandomHorizontalFlip(),
-        v2.ColorJitter(brightness=0.2, contrast=0.2),
-    ]
-
-
-TO_FLOAT = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)]
-
-
-def torchvision_way(samples: Samples, options: Options, transforms: list) -> Iterator[int]:
-    loader = DataLoader(
-        Files(samples, v2.Compose(transforms)), batch_size=options.batch, shuffle=True, num_workers=options.threads
-    )
-    while True:
-        for images_NCHW, _ in loader:
-            yield len(images_NCHW)
-
-
-def our_way(samples: Samples, options: Options) -> Iterator[int]:
-    loader = Loader(samples, size=options.size, global_batch=options.batch, augment=Augment(), threads=options.threads)
+def ours(samples: Samples, *, size: int, batch: int, threads: int) -> Iterator[int]:
+    """The defaults of training."""
+    loader = Loader(samples, size=size, global_batch=batch, augment=Augment(), threads=threads)
     epoch = 0
     while True:
-        for batch in loader.epoch(epoch):
-            yield len(batch.labels_N)
+        for read in loader.epoch(epoch):
+            yield len(read.labels_N)
         epoch += 1
 
 
-def speed(sizes: Iterator[int], images: int) -> float:
-    """Images per second, from the second batch on."""
-    next(sizes)
-    read, started = 0, time.perf_counter()
-    while read < images:
-        read += next(sizes)
-    return read / (time.perf_counter() - started)
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """A way from files to batches."""
+
+    name: str
+    batches: Callable[..., Iterator[int]]
+    """Called with samples and the keywords `size`, `batch` and `threads`; gives the number of images of each batch."""
+    needs: tuple[str, ...] = ()
+    """Distributions that are no dependencies of ours."""
+
+    @property
+    def missing(self) -> list[str]:
+        return [name for name in self.needs if find_spec(_MODULES.get(name, name)) is None]
 
 
-def main(options: Options) -> None:
-    named = named_dataset(options.data)
-    manifest = scan(named[0], labels=Regex(named[1])) if named else scan(options.data)
-    samples = manifest.train
-    torch.set_num_threads(options.threads)
-    ways: dict[str, Callable[[], Iterator[int]]] = {
-        "onewarp Loader, full augmentation": lambda: our_way(samples, options),
-        "torchvision v2 chain on PIL images": lambda: torchvision_way(
-            samples, options, [*conventional(options.size), v2.ToImage(), *TO_FLOAT]
-        ),
-        "torchvision v2 chain on tensors": lambda: torchvision_way(
-            samples, options, [v2.ToImage(), *conventional(options.size), *TO_FLOAT]
-        ),
-    }
-    figures: dict[str, list[float]] = {name: [] for name in ways}
+_MODULES = {"opencv-python-headless": "cv2"}
+
+WAYS = (
+    Way(name=OURS, batches=ours),
+    # The Loader on a decoded store stands here.
+    Way(name="DALI, decoding alone (the ceiling)", batches=peers.dali_decoding),
+    Way(name="DALI as usual: resize 460, crop, warp_affine", batches=peers.dali_usual),
+    Way(name="torchvision v2, repeated chain", batches=peers.torchvision_chain),
+    Way(name="torchvision v2, RandomResizedCrop + flip", batches=peers.torchvision_crop),
+    Way(
+        name="albumentations, RandomResizedCrop + flip + light",
+        batches=peers.albumentations,
+        needs=("albumentations", "opencv-python-headless"),
+    ),
+    Way(name="fastai, presizing", batches=peers.fastai_presizing, needs=("fastai",)),
+)
+
+
+def core_seconds() -> float:
+    """Core time of this process and of the worker processes it has now."""
+    tick, ticks = os.sysconf("SC_CLK_TCK"), 0
+    for child in multiprocessing.active_children():
+        with open(f"/proc/{child.pid}/stat", encoding="utf-8", errors="replace") as stat:
+            user, system = stat.read().rpartition(")")[2].split()[11:13]
+        ticks += int(user) + int(system)
+    return time.process_time() + ticks / tick
+
+
+def settle() -> None:
+    """Wait until workers have filled their queues and rest."""
+    before = core_seconds()
+    while True:
+        time.sleep(0.1)
+        after = core_seconds()
+        if after - before <= 0.02:
+            return
+        before = after
+
+
+def measure(batches: Iterator[int], seconds: float, workers: int) -> tuple[float, float]:
+    """(images per second, core-milliseconds an image) of one turn.
+
+    Workers deliver in turn, so the clock starts and stops after as many batches as there are workers, or a multiple.
+    """
+    for _ in range(workers * peers.PREFETCHED):
+        next(batches)
+    images, cores, started = 0, core_seconds(), time.perf_counter()
+    while True:
+        for _ in range(workers):
+            images += next(batches)
+        elapsed = time.perf_counter() - started
+        if elapsed >= seconds:
+            return images / elapsed, 1000 * (core_seconds() - cores) / images
+
+
+def main(options: LoaderOptions) -> Record:
+    if options.quick:
+        options = replace(options, seconds=0.2, rounds=2, batch=min(options.batch, 16))
+    samples = open_data(options).train
+    long = samples.subset(np.tile(np.arange(len(samples)), -(-_LONG // len(samples))))
+    torch.set_num_threads(options.threads)  # of the main process, where fastai augments; a worker has one
+
+    ways = [way for way in WAYS if not way.missing]
+    skipped = {way.name: f"not installed: {', '.join(way.missing)}" for way in WAYS if way.missing}
+    keywords = {"size": options.size, "batch": options.batch, "threads": options.threads}
+    running = {way.name: way.batches(long, **keywords) for way in ways}
+    for name in reversed(running):  # workers are forked before DALI has threads
+        next(running[name])
+    turns: dict[str, list[tuple[float, float]]] = {name: [] for name in running}
     for _ in range(options.rounds):
-        for name, way in ways.items():
-            sizes = way()
-            figures[name].append(speed(sizes, options.images))
-            del sizes  # ends its workers before the next way starts
-    rows = [Row(name=name, samples=samples) for name, samples in figures.items()]
-    config = {key: value for key, value in asdict(options).items() if key != "json"}
-    write(
-        f"Loaders, {options.size} px, {options.threads} threads", "img/s", rows, config=config, json_file=options.json
+        for name, batches in running.items():
+            settle()
+            turns[name].append(measure(batches, options.seconds, options.threads))
+    for batches in running.values():
+        getattr(batches, "close", lambda: None)()
+
+    record = Record(
+        title=f"Loaders, {options.size} px, batches of {options.batch}, {options.threads} threads or workers",
+        module="benchmarks.loaders",
+        options=options,
+        figures=[figure for name, turns_R2 in turns.items() for figure in _figures(name, turns_R2, turns[OURS])],
+        skipped=skipped,
+        remarks=(
+            f"Each way reads for at least {options.seconds:g} s a round, {options.rounds} rounds, the ways in turn; "
+            "a ratio is taken within a round.",
+        ),
+        packages=tuple(package for way in ways for package in way.needs),
     )
+    record.publish()
+    return record
+
+
+def _figures(name: str, turns: list[tuple[float, float]], ours: list[tuple[float, float]]) -> Iterator[Figure]:
+    yield Figure(row=name, column=SPEED, samples=[speed for speed, _ in turns])
+    yield Figure(row=name, column=COST, samples=[cost for _, cost in turns])
+    if name != OURS:
+        pairs = list(zip(turns, ours, strict=True))
+        yield Figure(row=name, column=FASTER, samples=[our[0] / this[0] for this, our in pairs])
+        yield Figure(row=name, column=CHEAPER, samples=[this[1] / our[1] for this, our in pairs])
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, prog="python -m benchmarks.loaders", description=__doc__))
+    main(tyro.cli(LoaderOptions, prog="python -m benchmarks.loaders", description=__doc__))

@@ -1,38 +1,203 @@
-"""What every benchmark writes: the figures with each sample, and what they were measured on."""
+"""What every benchmark writes: each figure with all its samples, and what they were measured on."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
+import shlex
 import statistics
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "ray", "numpy", "pillow")
+from pipelines import Manifest, scan
+from pipelines.datasets import named_dataset
+from pipelines.labels import Regex
+
+PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "numpy", "pillow")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One thing that was measured."""
+class Options:
+    """What every benchmark is asked."""
 
-    name: str
+    data: str = "breeds"
+    """Folder of images, or the name of an embedded data set."""
+    threads: int = 2
+    """Decoding threads of ours and of DALI, worker processes of the others."""
+    quick: bool = False
+    """A minute at most, to see that everything runs; its figures mean nothing."""
+    json: Path | None = None
+    """Write the record here, and its tables beside it in Markdown."""
+
+
+def open_data(options: Options) -> Manifest:
+    """The manifest of the folder or embedded data set that the options name."""
+    named = named_dataset(options.data)
+    if named:
+        return scan(named[0], labels=Regex(named[1]), threads=options.threads)
+    return scan(options.data, threads=options.threads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One measured quantity: a cell of the table."""
+
+    row: str
+    """What was measured, a way for instance."""
+    column: str
+    """The quantity and its unit."""
     samples: list[float]
-    """One figure for each round."""
+    """One for each round or picture."""
+    centre: Literal["median", "mean"] = "median"
+    """What stands for them."""
 
     @property
-    def median(self) -> float:
-        return statistics.median(self.samples)
+    def value(self) -> float:
+        return statistics.median(self.samples) if self.centre == "median" else statistics.fmean(self.samples)
+
+    @property
+    def interval(self) -> tuple[float, float, float]:
+        """Low, high, and the probability in percent with which they hold the true centre."""
+        return median_interval(self.samples) if self.centre == "median" else mean_interval(self.samples)
+
+    @property
+    def cell(self) -> str:
+        """For a table."""
+        low, high, _ = self.interval
+        return short(self.value) if low == high else f"{short(self.value)} [{short(low)}, {short(high)}]"
 
 
-def environment() -> dict[str, Any]:
+def median_interval(samples: Sequence[float]) -> tuple[float, float, float]:
+    """(low, high, coverage in percent): the narrowest pair of order statistics that holds the median in 95% of cases.
+
+    Exact for any continuous distribution of independent samples (David & Nagaraja, "Order Statistics", 2003, 7.1).
+    Five samples or fewer have no such pair: then it is their range, and the coverage says how little that is.
+    """
+    ordered, n = sorted(samples), len(samples)
+    below = 0.5**n  # probability that fewer than k + 1 of n samples lie below the median
+    k = 0
+    while 2 * (more := below + math.comb(n, k + 1) * 0.5**n) <= 0.05 and k + 1 < n - 2 - k:
+        below, k = more, k + 1
+    return ordered[k], ordered[n - 1 - k], 100 * (1 - 2 * below)
+
+
+def mean_interval(samples: Sequence[float]) -> tuple[float, float, float]:
+    """(low, high, 95): the mean ± 1.96 standard errors; a single sample is its own interval, and covers nothing."""
+    mean, n = statistics.fmean(samples), len(samples)
+    if n == 1:
+        return mean, mean, 0.0
+    error = 1.96 * statistics.stdev(samples) / math.sqrt(n)
+    return mean - error, mean + error, 95.0
+
+
+def short(value: float) -> str:
+    """Three figures, or all the digits before the point; 0.994 and 0.9912 want a fourth."""
+    if 0.9 <= abs(value) < 1:
+        return f"{value:.4f}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+OptionsT = TypeVar("OptionsT", bound=Options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """A benchmark's outcome."""
+
+    title: str
+    module: str
+    """The benchmark's name, as `python -m` takes it."""
+    options: Options
+    figures: list[Figure]
+    skipped: dict[str, str]
+    """What could not be measured, and why."""
+    remarks: tuple[str, ...] = ()
+    """How it was measured, in sentences."""
+    packages: tuple[str, ...] = ()
+    """Distributions whose version matters, beside those of every record."""
+
+    @property
+    def command(self) -> str:
+        """The command line that asks for the same again."""
+        words = ["python", "-m", self.module]
+        for field in fields(self.options):
+            value = getattr(self.options, field.name)
+            if field.name != "json" and value != field.default:
+                flag = "--" + field.name.replace("_", "-")
+                words += [flag] if value is True else [flag, str(value)]
+        return shlex.join(words)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "title": self.title,
+            "command": self.command,
+            "config": {key: value for key, value in asdict(self.options).items() if key != "json"},
+            "figures": [_figure(figure) for figure in self.figures],
+            "skipped": self.skipped,
+            "remarks": self.remarks,
+            "environment": environment(self.packages),
+        }
+
+    def markdown(self) -> str:
+        """A table with a row for each thing measured, and below it what a reader needs to judge it."""
+        columns = list(dict.fromkeys(figure.column for figure in self.figures))
+        cells = {(figure.row, figure.column): figure.cell for figure in self.figures}
+        lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+        for row in dict.fromkeys(figure.row for figure in self.figures):
+            lines.append(f"| {row} | " + " | ".join(cells.get((row, column), "") for column in columns) + " |")
+        counts = sorted({(figure.centre, len(figure.samples), figure.interval[2]) for figure in self.figures})
+        centres = ", ".join(
+            f"{centre} of {n} [{coverage:.0f}% interval]" if n > 1 else "a single measurement"
+            for centre, n, coverage in counts
+        )
+        where = environment(self.packages)
+        versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+        notes = [
+            f"In each cell: {centres}.",
+            *self.remarks,
+            *(f"Left out: {name} ({why})." for name, why in self.skipped.items()),
+            f"{where['cpu']}, {where['cores']} cores, Python {where['python']}, {versions}, commit {where['commit']}.",
+        ]
+        return "\n".join([f"# {self.title}", "", f"    {self.command}", "", *lines, "", *notes, ""])
+
+    def publish(self) -> None:
+        """Print the table; where the options name a file, write the record there and the table beside it."""
+        print(self.markdown())
+        if self.options.json is not None:
+            self.options.json.parent.mkdir(parents=True, exist_ok=True)
+            self.options.json.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
+            self.options.json.with_suffix(".md").write_text(self.markdown())
+
+
+def _figure(figure: Figure) -> dict[str, Any]:
+    low, high, coverage = figure.interval
+    method = "order statistics" if figure.centre == "median" else "normal approximation"
+    return {
+        "row": figure.row,
+        "column": figure.column,
+        figure.centre: _rounded(figure.value),
+        "interval": [_rounded(low), _rounded(high)],
+        "coverage_percent": round(coverage, 1),
+        "method": method,
+        "n": len(figure.samples),
+        "samples": [_rounded(sample) for sample in figure.samples],
+    }
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def environment(packages: Sequence[str] = ()) -> dict[str, Any]:
     """The machine, the versions and the commit."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
@@ -45,7 +210,7 @@ def environment() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "versions": {name: metadata.version(name) for name in dict.fromkeys((*PACKAGES, *packages))},
         "commit": _git("rev-parse", "--short", "HEAD") + (" + changes" if _git("status", "--porcelain") else ""),
     }
 
@@ -53,30 +218,3 @@ def environment() -> dict[str, Any]:
 def _git(*words: str) -> str:
     done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return done.stdout.strip()
-
-
-def write(title: str, unit: str, rows: list[Row], *, config: dict[str, Any], json_file: Path | None) -> None:
-    """Print a table of the rows, each as a ratio to the first, and write everything as JSON where a file is named."""
-    table = Table(title=title, title_justify="left")
-    for heading in ("", f"median {unit}", "min", "max", "n", "first ÷ this"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for row in rows:
-        ratio = rows[0].median / row.median
-        low, high = min(row.samples), max(row.samples)
-        table.add_row(
-            row.name, f"{row.median:,.0f}", f"{low:,.0f}", f"{high:,.0f}", str(len(row.samples)), f"{ratio:.2f}"
-        )
-    console = Console(width=110)
-    console.print(table)
-    where = environment()
-    console.print(f"{where['cpu']}, {where['cores']} cores; commit {where['commit']}", highlight=False)
-    if json_file is not None:
-        record = {
-            "title": title,
-            "unit": unit,
-            "config": config,
-            "rows": [{"name": row.name, "median": row.median, "samples": row.samples} for row in rows],
-            "environment": where,
-        }
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(record, indent=2) + "\n")

@@ -11,8 +11,11 @@ LAYERS["benchmarks"] = {"pipelines", "trainer"}
 ENGINES = {
     "ray": {"cluster/engine.py", "cluster/launch.py", "cluster/examine.py"},
     "wandb": {"trainer/tracking.py"},
-    # The worker tells DALI's version.
-    "nvidia": {"pipelines/graph.py", "pipelines/firewall.py", "pipelines/decode.py", "trainer/worker.py"},
+    "nvidia": {
+        *("pipelines/graph.py", "pipelines/decode.py", "pipelines/firewall.py"),
+        "trainer/worker.py",  # it tells DALI's version
+        "benchmarks/peers.py",  # DALI without us
+    },
 }
 
 

@@ -1,0 +1,335 @@
+"""How near to an ideal picture each way of augmenting comes, under the same random parameters.
+
+    python -m benchmarks.pixels --data DIR [--megapixels 12] [--json FILE]
+
+The ideal (`benchmarks.oracle`) is the mean of 36 or more bicubic samples over the area of each output pixel, read from
+the decoded photograph through the same homography. Ours is what the `Loader` gives, light off. With `--megapixels` the
+photographs are laid side by side into pictures of that size, which keeps their detail fine, and Pillow's antialiased
+filters, each followed by one warp, are measured too.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+
+from benchmarks import oracle
+from benchmarks.record import Figure, Options, Record, open_data
+from pipelines import Augment, Loader, Samples, scan
+from pipelines.geometry import (
+    Draws,
+    augmentation,
+    compose,
+    placement,
+    square_from_output,
+    stepwise,
+    transforms,
+)
+from pipelines.graph import decoded
+from pipelines.preview import repeat
+
+UNLIT = Augment(max_lighting=0.0)
+PRESIZED = 460  # pixels, as in chapter 5 of fastai's book
+OURS = "onewarp: one warp (Loader)"
+
+# Arguments of the Loader beside the defaults, by the name of the row; a finer quality of the Loader stands here.
+LOADERS: dict[str, dict[str, Any]] = {OURS: {}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelOptions(Options):
+    """Compare pixels."""
+
+    size: int = 224
+    """Pixels."""
+    images: int = 0
+    """Photographs, evenly spread over those for training; 0: 125, or 25 when they are enlarged."""
+    megapixels: float = 0.0
+    """Size of the pictures; 0: as they are."""
+    seed: int = 0
+    """Seed of the random parameters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What one way made of one picture."""
+
+    picture_HWC: np.ndarray
+    """0 to 255, [size, size, 3]."""
+    padding: float
+    """Share of its pixels that show padding."""
+    ideal_from_output_33: np.ndarray | None = None
+    """The map of its own ideal, where a way cannot take the parameters exactly; `None`: the map of the draw."""
+
+
+Way = Callable[[np.ndarray, Draws, int], Outcome]
+
+
+def presized(image_HWC: np.ndarray, draws: Draws, size: int) -> Outcome:
+    """The square resized to 460 by Pillow's antialiased bilinear filter, rounded, then one bilinear warp."""
+    square_HWC, _ = _square(image_HWC, draws, PRESIZED)
+    matrix_33 = np.linalg.inv(square_from_output(PRESIZED)) @ augmentation(draws)[0] @ square_from_output(size)
+    return Outcome(
+        picture_HWC=oracle.warp(square_HWC, matrix_33, size),
+        padding=oracle.padding([matrix_33], [PRESIZED], [PRESIZED], size),
+    )
+
+
+def repeated(image_HWC: np.ndarray, draws: Draws, size: int) -> Outcome:
+    """The conventional chain: each transform interpolates and rounds by itself."""
+    picture_HWC, _ = repeat(image_HWC, draws, size)
+    maps = [matrix_N33[0] for matrix_N33 in stepwise(draws, size).values()]
+    sides = [size] * len(maps)
+    return Outcome(picture_HWC=picture_HWC, padding=oracle.padding(maps, sides, sides, size))
+
+
+def fastai_presizing(image_HWC: np.ndarray, draws: Draws, size: int) -> Outcome:
+    """fastai's own operators: `Resize(460)`, the composed warp at 460, the random crop to the output.
+
+    Its crops fall on whole pixels and its warps put -1 and 1 on pixel centres, so the draw is moved to whole pixels and
+    the ideal reads through the map that fastai's conventions give: what is measured is interpolation alone.
+    """
+    vision = import_module("fastai.vision.all")
+    square_HWC, source_from_square_33 = _square(image_HWC, draws, PRESIZED, whole_pixels=True)
+    single = {name: matrix_N33[0] for name, matrix_N33 in transforms(draws).items()}
+    affine_33 = single["rotate"] @ single["zoom"] @ single["flip"]
+    tilt_33 = single["perspective"]
+    corner, cut = _whole_crop(single["crop"])
+
+    def tilted(coords_NHW2: torch.Tensor) -> torch.Tensor:
+        tilt = torch.from_numpy(tilt_33).to(coords_NHW2.dtype)
+        mapped_NHW3 = torch.nn.functional.pad(coords_NHW2, (0, 1), value=1.0) @ tilt.T
+        return mapped_NHW3[..., :2] / mapped_NHW3[..., 2:]
+
+    image_NCHW = vision.TensorImage(torch.from_numpy(square_HWC.copy()).permute(2, 0, 1)[None].float() / 255)
+    mat_N23 = torch.from_numpy(affine_33[None, :2]).float()
+    warped_NCHW = image_NCHW.affine_coord(mat_N23, tilted, pad_mode="reflection")
+    (left, top) = corner
+    cropped_NCHW = warped_NCHW[..., top : top + cut, left : left + cut].affine_coord(sz=(size, size))
+    picture_HWC = 255 * torch.Tensor(cropped_NCHW)[0].permute(1, 2, 0).numpy()
+
+    half = (PRESIZED - 1) / 2
+    pixel_from_square_33 = np.array([[half, 0, half + 0.5], [0, half, half + 0.5], [0, 0, 1]])
+    warp_33 = pixel_from_square_33 @ tilt_33 @ affine_33 @ np.linalg.inv(pixel_from_square_33)
+    scale = (cut - 1) / (size - 1)
+    crop_33 = np.array([[scale, 0, left + 0.5 - 0.5 * scale], [0, scale, top + 0.5 - 0.5 * scale], [0, 0, 1]])
+    return Outcome(
+        picture_HWC=picture_HWC,
+        padding=oracle.padding([warp_33, crop_33], [PRESIZED] * 2, [PRESIZED] * 2, size),
+        ideal_from_output_33=source_from_square_33 @ warp_33 @ crop_33,
+    )
+
+
+def antialiased(resample: Image.Resampling) -> Way:
+    """The whole picture shrunk by the same whole number as ours, by one of Pillow's filters, then one bilinear warp."""
+
+    def way(image_HWC: np.ndarray, draws: Draws, size: int) -> Outcome:
+        height, width = image_HWC.shape[:2]
+        matrix_33 = compose(draws, np.array([height]), np.array([width]), size)[0]
+        distance = oracle.distance(matrix_33, size)
+        factor = int(distance) if distance > 2 else 1
+        rows, columns = height // factor, width // factor
+        shrunk_HWC = np.asarray(Image.fromarray(image_HWC).resize((columns, rows), resample))
+        shrunk_33 = np.diag([columns / width, rows / height, 1.0]) @ matrix_33
+        return Outcome(
+            picture_HWC=oracle.warp(shrunk_HWC, shrunk_33, size),
+            padding=oracle.padding([matrix_33], [height], [width], size),
+        )
+
+    return way
+
+
+def _square(
+    image_HWC: np.ndarray, draws: Draws, side: int, *, whole_pixels: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """The square of a draw at `side` pixels, uint8 [side, side, 3], and the map [3, 3] from there to the image."""
+    height, width = image_HWC.shape[:2]
+    (half, _, x), (_, _, y), _ = placement(draws, np.array([height]), np.array([width]))[0]
+    left, top = x - half, y - half
+    if whole_pixels:
+        left, top = round(left), round(top)
+    box = (left, top, left + 2 * half, top + 2 * half)
+    square_HWC = np.asarray(Image.fromarray(image_HWC).resize((side, side), Image.Resampling.BILINEAR, box=box))
+    scale = 2 * half / side
+    return square_HWC, np.array([[scale, 0, left], [0, scale, top], [0, 0, 1]])
+
+
+def _whole_crop(crop_33: np.ndarray) -> tuple[tuple[int, int], int]:
+    """((left, top), side) of the crop of a draw in the presized square, in whole pixels."""
+    (side, _, x), (_, _, y), _ = crop_33
+    cut = round(side * PRESIZED)
+    left, top = ((centre - side + 1) * PRESIZED / 2 for centre in (x, y))
+    return (min(round(left), PRESIZED - cut), min(round(top), PRESIZED - cut)), cut
+
+
+@contextmanager
+def enlarged(samples: Samples, count: int, megapixels: float, seed: int) -> Generator[Samples]:
+    """`count` pictures of `megapixels`, 4:3, laid out of photographs; they are gone afterwards."""
+    height = round((megapixels * 1e6 * 3 / 4) ** 0.5)
+    width = round(height * 4 / 3)
+    rng = np.random.default_rng(seed)
+    with tempfile.TemporaryDirectory(prefix="onewarp-pixels-") as folder:
+        for number in range(count + 2):  # scan wants validation images of both classes
+            chosen = rng.choice(len(samples), min(len(samples), 60), replace=False)
+            paths = [samples.root / samples.paths[i] for i in chosen]
+            side = max(height, width) if number < count else 64
+            picture = Image.fromarray(_mosaic(paths, min(height, side), side))
+            file = Path(folder, "train" if number < count else "valid", f"class{number % 2}", f"{number:04d}.jpg")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(file, quality=95, subsampling=0)
+        yield scan(folder).train
+
+
+def _mosaic(paths: list[Path], height: int, width: int) -> np.ndarray:
+    """Photographs side by side at their own scale, uint8 [height, width, 3]; each fills one cell, cut to its size."""
+    photographs = []
+    for path in paths:
+        with Image.open(path) as image:
+            photographs.append(np.asarray(image.convert("RGB")))
+    rows = min(len(photograph) for photograph in photographs)
+    columns = min(photograph.shape[1] for photograph in photographs)
+    picture_HWC = np.empty((height, width, 3), np.uint8)
+    number = 0
+    for top in range(0, height, rows):
+        for left in range(0, width, columns):
+            cell_HWC = picture_HWC[top : top + rows, left : left + columns]
+            cell_HWC[:] = photographs[number % len(photographs)][: cell_HWC.shape[0], : cell_HWC.shape[1]]
+            number += 1
+    return picture_HWC
+
+
+def loaded(samples: Samples, options: PixelOptions, arguments: dict[str, Any]) -> tuple[dict[int, np.ndarray], float]:
+    """What the Loader makes of each sample, by id, as float64 [size, size, 3], and its core-milliseconds a picture."""
+
+    def loader(these: Samples, batch: int) -> Loader:
+        return Loader(
+            these,
+            size=options.size,
+            global_batch=batch,
+            seed=options.seed,
+            augment=UNLIT,
+            threads=options.threads,
+            **arguments,
+        )
+
+    pictures = {}
+    for batch in loader(samples, 1).epoch(0):
+        image_HWC = batch.images_NCHW[0].permute(1, 2, 0).numpy().astype(np.float64)
+        pictures[int(batch.ids_N[0])] = 255 * (0.5 * image_HWC + 0.5)
+    # Timed in batches, as in training; building the pipeline is a small part of four rounds.
+    four = samples.subset(np.tile(np.arange(len(samples)), 4))
+    size = min(16, len(four))
+    started, read = time.process_time(), 0
+    for batch in loader(four, size).epoch(1):
+        read += len(batch.ids_N)
+    return pictures, 1000 * (time.process_time() - started) / read
+
+
+METRICS = {"PSNR, dB": oracle.psnr, "SSIM": oracle.ssim, "gradient energy ÷ ideal's": oracle.sharpness}
+DIFFERENCE, PADDED, COST = "ours − this, dB", "padding, % of pixels", "core-ms"
+
+
+def measure(samples: Samples, options: PixelOptions, ways: dict[str, Way]) -> tuple[list[Figure], set[int]]:
+    """Every way on every sample; the figures, and how many samples along a pixel's side the ideals took."""
+    n, size = len(samples), options.size
+    loaders = {name: loaded(samples, options, arguments) for name, arguments in LOADERS.items()}
+    loader = Loader(samples, size=size, global_batch=1, seed=options.seed, augment=UNLIT)
+    cells: dict[tuple[str, str], list[float]] = {}
+    per_sides = set()
+    small_HWC = np.zeros((2 * size, 2 * size, 3), np.uint8)
+    for way in ways.values():  # imports and the like are outside the clock
+        way(small_HWC, loader.draws(0, np.zeros(1, np.int64)), size)
+
+    def note(row: str, outcome: Outcome, ideal_HWC: np.ndarray, cost: float) -> None:
+        for column, metric in METRICS.items():
+            cells.setdefault((row, column), []).append(metric(outcome.picture_HWC, ideal_HWC))
+        psnrs = "PSNR, dB"
+        if row != OURS:
+            cells.setdefault((row, DIFFERENCE), []).append(cells[OURS, psnrs][-1] - cells[row, psnrs][-1])
+        cells.setdefault((row, PADDED), []).append(100 * outcome.padding)
+        cells.setdefault((row, COST), []).append(cost)
+
+    for position in range(n):
+        path = os.path.join(samples.root, samples.paths[position])
+        started = time.process_time()
+        with Image.open(path) as image:
+            image.convert("RGB")
+        decoding = 1000 * (time.process_time() - started)
+        image_HWC = decoded(path)
+        height, width = image_HWC.shape[:2]
+        draws = loader.draws(0, np.array([position]))
+        matrix_33 = compose(draws, np.array([height]), np.array([width]), size)[0]
+        ideal_HWC, per_side = oracle.ideal(image_HWC, matrix_33, size)
+        per_sides.add(per_side)
+        padding = oracle.padding([matrix_33], [height], [width], size)
+        for name, (pictures, cost) in loaders.items():
+            picture_HWC = pictures[int(samples.ids_N[position])]
+            note(name, Outcome(picture_HWC=picture_HWC, padding=padding), ideal_HWC, cost)
+        for name, way in ways.items():
+            started = time.process_time()
+            outcome = way(image_HWC, draws, size)
+            cost = decoding + 1000 * (time.process_time() - started)
+            own_33 = outcome.ideal_from_output_33
+            note(name, outcome, ideal_HWC if own_33 is None else oracle.ideal(image_HWC, own_33, size)[0], cost)
+    figures = [
+        Figure(row=row, column=column, samples=samples, centre="mean") for (row, column), samples in cells.items()
+    ]
+    columns = [*METRICS, DIFFERENCE, PADDED, COST]
+    return sorted(figures, key=lambda figure: columns.index(figure.column)), per_sides
+
+
+def main(options: PixelOptions) -> Record:
+    default = 25 if options.megapixels else 125
+    options = replace(options, images=options.images or (4 if options.quick else default))
+    torch.set_num_threads(1)  # its threads wait by spinning, which would count as work
+    samples = open_data(options).train
+    spread = np.linspace(0, len(samples) - 1, min(options.images, len(samples))).round().astype(np.int64)
+
+    ways: dict[str, Way] = {f"presize to {PRESIZED}, then one warp": presized, "repeated interpolation": repeated}
+    skipped = {}
+    if find_spec("fastai") is None:
+        skipped["fastai's own operators"] = "not installed: fastai"
+    else:
+        ways["fastai's own operators"] = fastai_presizing
+    if options.megapixels:
+        for filter in (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS):
+            ways[f"Pillow's {filter.name.lower()} filter, then one warp"] = antialiased(filter)
+        with enlarged(samples, options.images, options.megapixels, options.seed) as large:
+            figures, per_sides = measure(large, options, ways)
+    else:
+        figures, per_sides = measure(samples.subset(spread), options, ways)
+
+    record = Record(
+        title=f"Pixels against a supersampled ideal, {options.size} px"
+        + (f", sources of {options.megapixels:g} megapixels" if options.megapixels else ""),
+        module="benchmarks.pixels",
+        options=options,
+        figures=figures,
+        skipped=skipped,
+        remarks=(
+            f"The ideal is the mean of {min(per_sides)}² to {max(per_sides)}² bicubic samples a pixel.",
+            "fastai's crops fall on whole pixels: it is held against an ideal moved likewise.",
+            "Core time is from the file on, decoding included: ours in batches, the others one by one through Pillow "
+            "and torch on one thread; benchmarks.loaders compares speed.",
+        ),
+        packages=() if skipped else ("fastai",),
+    )
+    record.publish()
+    return record
+
+
+if __name__ == "__main__":
+    main(tyro.cli(PixelOptions, prog="python -m benchmarks.pixels", description=__doc__))
