@@ -9,6 +9,7 @@ folder is a fresh one each time, so that nothing remembered helps.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import re
@@ -61,6 +62,7 @@ def peak() -> Generator[list[float]]:
     """Inside, the list is empty; afterwards it holds by how many MB the resident memory rose at its highest."""
     found: list[float] = []
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed, and would give it out again unseen
     Path("/proc/self/clear_refs").write_text("5")  # proc(5): sets the high-water mark back to what is resident now
     before = resident()
     yield found
@@ -171,14 +173,13 @@ def planning(options: SteadyOptions) -> Iterator[Figure]:
 def main(options: SteadyOptions) -> Record:
     if options.quick:
         options = replace(options, steps=100, warm_up=20, rounds=2)
-    planned = list(planning(options))  # before anything else has freed memory and kept it
     manifest = open_data(options)
     record = Record(
         title=f"What should not grow, {options.threads} threads",
         module="benchmarks.steady",
         options=options,
         figures=[
-            *planned,
+            *planning(options),
             *starts(manifest.train, options),
             *scanning(manifest, options),
             *growth(manifest.train, options),

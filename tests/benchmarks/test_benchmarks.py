@@ -141,8 +141,8 @@ def test_steady_measures_all_that_should_not_grow(small_set, tmp_path, monkeypat
 
 
 def test_the_peak_is_what_was_held_at_once_and_the_resident_memory_what_is_still_held():
-    before = steady.resident()
     with steady.peak() as risen:
+        before = steady.resident()
         np.ones(30_000_000, np.uint8)
         kept = np.ones(40_000_000, np.uint8)
     assert risen[0] == pytest.approx(40, abs=8)
