@@ -143,8 +143,7 @@ def main(options: LoaderOptions) -> Record:
         for name, batches in running.items():
             settle()
             turns[name].append(measure(batches, options.seconds, options.threads))
-    for batches in running.values():
-        getattr(batches, "close", lambda: None)()
+    running.clear()  # ends the workers
 
     record = Record(
         title=f"Loaders, {options.size} px, batches of {options.batch}, {options.threads} threads or workers",
