@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from pipelines import Augment, pack, scan
 from pipelines.errors import UserError
 from tests.trainer.conftest import PLAIN
 from trainer import TrainConfig, fine_tune, lr_find
@@ -71,6 +72,51 @@ def test_the_command_that_goes_on_keeps_data_split_and_settings(tmp_path, monkey
     again = {"--data": "photos", "--label-regex": "(.+)_x", "--valid-fraction": "0.3", "--split-seed": "7"}
     again |= {"--batch": "32", "--weights": "runs/first/model.safetensors", "--seed": "5"}
     assert flags == again | {"--freeze-epochs": "0", "--epochs": "3"}
+
+
+def test_the_command_that_goes_on_keeps_nested_settings_and_switches(tmp_path):
+    wanted = TrainConfig(cache="decoded", cache_keep=True, augment=Augment(flip=0, max_rotate=20), subset=0.5)
+    result = Result(error_rate=0, valid_loss=0, most_confused=[], quarantine=0, seconds=0, folder=tmp_path)
+    words = " ".join(_continuing(result, wanted))
+    assert "--cache decoded --cache-keep" in words
+    assert "--augment.flip 0 --augment.max-rotate 20" in words
+    assert "--subset 0.5" in words
+
+
+def test_how_images_are_read_is_set_by_the_configuration(small_set, tmp_path, quiet, monkeypatch):
+    monkeypatch.setenv("ONEWARP_CACHE", str(tmp_path / "cache"))
+    common = {"lr": 1e-3, "epochs": 1, "freeze_epochs": 0, "seed": 2}
+    plain = {"subset": 0.5, "crop_pct": 0.8, "augment": {"crop": "resized", "padding": "border"}, **common}
+    fine_tune(config(small_set, tmp_path, **plain), quiet)
+    fine_tune(config(small_set, tmp_path, name="cached", cache="decoded", cache_keep=True, **plain), quiet)
+    fine_tune(
+        config(small_set, tmp_path, name="balanced", sampling="balanced", repeats=2, quality="high", **plain), quiet
+    )
+    told = quiet.file.getvalue()
+    assert "subset    27 to train, 12 to validate" in told
+    losses = {}
+    for name in ("run", "cached", "balanced"):
+        events = read(tmp_path / name / "journal.jsonl")
+        assert (events[0]["train"], events[0]["valid"]) == (27, 12)
+        losses[name] = [event["loss"] for event in events if event["event"] == "step"]
+        assert len(losses[name]) == 27 // 8
+    assert losses["run"] == losses["cached"]
+    assert losses["run"] != losses["balanced"]
+    assert len(list((tmp_path / "cache").glob("decoded-*"))) == 1
+    again = TrainConfig.read(tmp_path / "run" / "config.json")
+    assert again.augment == Augment(crop="resized", padding="border")
+
+
+def test_a_store_is_trained_on_like_the_folder_it_was_packed_from(small_set, tmp_path, quiet):
+    pack(scan(small_set), tmp_path / "packed", kind="decoded")
+    settings = {"lr": 1e-3, "epochs": 1, "freeze_epochs": 0}
+    results = [
+        fine_tune(config(data, tmp_path, name=name, **settings), quiet)
+        for name, data in (("files", small_set), ("store", tmp_path / "packed"))
+    ]
+    assert results[0].valid_loss == results[1].valid_loss
+    weights = [safetensors.torch.load_file(result.folder / "model.safetensors") for result in results]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
 def test_a_run_that_stopped_goes_on_to_the_same_weights_to_the_bit(prepared, copies):
