@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,14 +58,18 @@ def scan(config: tyro.conf.OmitArgPrefixes[Scan]) -> None:
         duplicates.hasher()  # before the scan, which may take long
     folder = RunFolder(absolute(config.out))
     threads = config.threads or len(os.sched_getaffinity(0))
-    manifest, _ = scanned(
-        settings,
-        console,
-        max_pixels=config.max_pixels,
-        threads=threads,
-        examine=_over_ray(config.address),
-        reuse=config.reuse,
-    )
+    try:
+        manifest, _ = scanned(
+            settings,
+            console,
+            max_pixels=config.max_pixels,
+            threads=threads,
+            examine=_over_ray(config.address),
+            reuse=config.reuse,
+        )
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; nothing was written")
+        sys.exit(130)
     found(manifest, settings, console, f"in {folder.quarantine}")
     if config.near_duplicates:
         say(f"alike     {_alike(manifest, threads, console)}")

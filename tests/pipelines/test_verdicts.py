@@ -1,6 +1,7 @@
 """An unchanged file is decoded once, whoever asks; a changed one again; and the cache is no more than a cache."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -129,9 +130,10 @@ def test_a_cache_that_cannot_be_written_is_done_without(root, tmp_path, monkeypa
 
 
 def test_folders_do_not_share(cache, root, tmp_path):
-    Counting(root).of()
-    root.rename(tmp_path / "moved")
-    assert len(Counting(tmp_path / "moved").of()[1]) == 10
+    copy = shutil.copytree(root, tmp_path / "copy")  # times included
+    counting = [Counting(root), Counting(copy)]
+    assert [len(one.of()[1]) for one in counting] == [10, 10]
+    assert [len(one.of()[1]) for one in counting] == [0, 0]
 
 
 def test_unreadable_is_not_for_ever(cache, root):
