@@ -93,13 +93,13 @@ def test_how_images_are_read_is_set_by_the_configuration(small_set, tmp_path, qu
         config(small_set, tmp_path, name="balanced", sampling="balanced", repeats=2, quality="high", **plain), quiet
     )
     told = quiet.file.getvalue()
-    assert "subset    27 to train, 12 to validate" in told
+    assert "subset    26 to train, 12 to validate" in told
     losses = {}
     for name in ("run", "cached", "balanced"):
         events = read(tmp_path / name / "journal.jsonl")
-        assert (events[0]["train"], events[0]["valid"]) == (27, 12)
+        assert (events[0]["train"], events[0]["valid"]) == (26, 12)
         losses[name] = [event["loss"] for event in events if event["event"] == "step"]
-        assert len(losses[name]) == 27 // 8
+        assert len(losses[name]) == 26 // 8
     assert losses["run"] == losses["cached"]
     assert losses["run"] != losses["balanced"]
     assert len(list((tmp_path / "cache").glob("decoded-*"))) == 1
