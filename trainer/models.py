@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import math
+import re
+import shlex
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import timm
@@ -153,15 +157,86 @@ def stages(body: nn.Module) -> list[tuple[str, nn.Module]]:
     return parts
 
 
-def layer_groups(model: Classifier, size: int) -> list[list[nn.Parameter]]:
+def layer_groups(model: Classifier, size: int, patterns: Sequence[str] | None = None) -> list[list[nn.Parameter]]:
     """Three groups, from the input to the head: body down to 1/8 of the resolution, the rest of the body, head.
 
     For a ResNet this is fastai's own cut (before layer3). Every parameter lies in exactly one group.
 
+    Args:
+        size: height and width of the images, pixels.
+        patterns: the groups by name instead: see `named_groups`.
+
     Raises:
         UserError: the body cannot be divided so, or a parameter would be in no group or in two.
     """
+    if patterns is not None:
+        return named_groups(model, patterns)
     parts = stages(model.body)
+    strides = _strides(model, parts, size)
+    boundary = next((i for i, stride in enumerate(strides) if stride > 8), len(parts))
+    early = [p for _, module in parts[:boundary] for p in module.parameters()]
+    late = [p for _, module in parts[boundary:] for p in module.parameters()]
+    groups = [early, late, list(model.head.parameters())]
+    check_partition(model, groups)
+    return groups
+
+
+def stage_groups(model: Classifier, size: int) -> list[list[nn.Parameter]]:
+    """A group for each stage of the body, which is what works at one resolution, and one for the head.
+
+    A ResNet has conv1 with bn1, layer1, …, layer4 and the head. The groups of layer-wise decay (`schedule.layerwise`).
+
+    Raises:
+        UserError: as `layer_groups`.
+    """
+    parts = stages(model.body)
+    groups: list[list[nn.Parameter]] = [[]]
+    reached = 0
+    for (_, module), stride in zip(parts, _strides(model, parts, size), strict=True):
+        octave = round(math.log2(max(stride, 1)))  # convolutions without padding nibble at the edges: 1/2.1 is 1/2
+        if octave > reached and groups[-1]:
+            groups.append([])
+        reached = max(octave, reached)
+        groups[-1] += module.parameters()
+    if not groups[-1]:  # a pooling at the very end
+        groups.pop()
+    groups.append(list(model.head.parameters()))
+    check_partition(model, groups)
+    return groups
+
+
+def named_groups(model: Classifier, patterns: Sequence[str]) -> list[list[nn.Parameter]]:
+    """Groups by regular expressions over the parameters' names, from the input to the head.
+
+    A pattern is matched against the beginning of a name, and ends where a part of the name ends: `body.layer1|body.bn1`
+    means `body.layer1.0.conv1.weight` and `body.bn1.bias`, and not `body.layer10.weight`.
+
+    Raises:
+        UserError: a pattern is no regular expression or matches nothing, or a parameter has no pattern or several.
+    """
+    expressions = []
+    for pattern in patterns:
+        try:
+            expressions.append(re.compile(rf"(?:{pattern})(?:\.|$)"))
+        except re.error as error:
+            raise UserError(f"The layer group {pattern!r} is no regular expression: {error}.") from None
+    groups: list[list[nn.Parameter]] = [[] for _ in patterns]
+    for name, parameter in model.named_parameters():
+        matching = [i for i, expression in enumerate(expressions) if expression.match(name)]
+        if len(matching) != 1:
+            told = " and ".join(repr(patterns[i]) for i in matching) or "none of them"
+            raise UserError(
+                f"The layer groups must have each parameter exactly once: {name} is matched by {told}. {_advice(model)}"
+            )
+        groups[matching[0]].append(parameter)
+    for pattern, group in zip(patterns, groups, strict=True):
+        if not group:
+            raise UserError(f"The layer group {pattern!r} matches no parameter. {_advice(model)}")
+    return groups
+
+
+def _strides(model: Classifier, parts: list[tuple[str, nn.Module]], size: int) -> list[int]:
+    """How many pixels of the image lie side by side under one position of each part's output; 0 where it has none."""
     reached: dict[str, int] = {}
 
     def note(name: str):
@@ -179,16 +254,10 @@ def layer_groups(model: Classifier, size: int) -> list[list[nn.Parameter]]:
     model.train(training)
     for handle in handles:
         handle.remove()
-
-    boundary = next((i for i, (name, _) in enumerate(parts) if reached.get(name, 0) > 8), len(parts))
-    early = [p for _, module in parts[:boundary] for p in module.parameters()]
-    late = [p for _, module in parts[boundary:] for p in module.parameters()]
-    groups = [early, late, list(model.head.parameters())]
-    check_partition(model, groups)
-    return groups
+    return [reached.get(name, 0) for name, _ in parts]
 
 
-def check_partition(model: nn.Module, groups: list[list[nn.Parameter]]) -> None:
+def check_partition(model: Classifier, groups: list[list[nn.Parameter]]) -> None:
     """Every parameter in exactly one group, no group empty; else an error that names the parameter."""
     times: dict[int, int] = {}
     for group in groups:
@@ -199,14 +268,65 @@ def check_partition(model: nn.Module, groups: list[list[nn.Parameter]]) -> None:
         if count != 1:
             raise UserError(
                 f"The model cannot be divided into layer groups: its parameter {name} lies in {count} of them, "
-                "and each must lie in exactly one. Choose another --model."
+                f"and each must lie in exactly one. {_advice(model)}"
             )
     if not all(groups):
-        raise UserError("The model cannot be divided into three layer groups: one of them has no parameter.")
+        raise UserError(
+            f"The model cannot be divided into {len(groups)} layer groups: one of them has no parameter. "
+            f"{_advice(model)}"
+        )
+
+
+def _advice(model: Classifier) -> str:
+    """How to name the groups of this very model."""
+    names: list[str] = []
+    for depth in (2, 3):  # a body may be one sequence of everything
+        parts = (".".join(name.split(".")[:depth]) for name, _ in model.body.named_parameters(prefix="body"))
+        names = list(dict.fromkeys(parts))
+        if len(names) > 1:
+            break
+    half = len(names) // 2
+    patterns = ("|".join(names[:half]), "|".join(names[half:]), "head")
+    return "Name the groups by patterns, from the input to the head, as in: --layer-groups " + " ".join(
+        shlex.quote(pattern) for pattern in patterns if pattern
+    )
+
+
+def freeze_to(model: nn.Module, groups: Sequence[Sequence[nn.Parameter]], n: int, *, train_bn: bool = True) -> None:
+    """Train the layer groups from `n` on alone, as fastai's `freeze_to`; a negative `n` counts from the end.
+
+    The norms of frozen groups go on learning, unless `train_bn` is off; their running statistics always do.
+
+    Raises:
+        UserError: there is no group `n`, and nothing would learn.
+    """
+    if not -len(groups) <= n < len(groups):
+        raise UserError(
+            f"freeze_to({n}) of a model with {len(groups)} layer groups: choose a number from {-len(groups)} to "
+            f"{len(groups) - 1}, the first group that learns."
+        )
+    norms = {
+        id(parameter)
+        for module in model.modules()
+        if train_bn and isinstance(module, NORMS)
+        for parameter in module.parameters(recurse=False)
+    }
+    first = n % len(groups)
+    for i, group in enumerate(groups):
+        for parameter in group:
+            parameter.requires_grad_(i >= first or id(parameter) in norms)
+
+
+def freeze(model: nn.Module, groups: Sequence[Sequence[nn.Parameter]], *, train_bn: bool = True) -> None:
+    """Train the last layer group alone."""
+    freeze_to(model, groups, -1, train_bn=train_bn)
+
+
+def unfreeze(model: nn.Module, groups: Sequence[Sequence[nn.Parameter]]) -> None:
+    """Train everything."""
+    freeze_to(model, groups, 0)
 
 
 def freeze_body(model: Classifier, frozen: bool) -> None:
-    """Train the head alone, or everything. As in fastai, the norms of a frozen body go on learning."""
-    for module in model.body.modules():
-        for parameter in module.parameters(recurse=False):
-            parameter.requires_grad_(not frozen or isinstance(module, NORMS))
+    """Train the head alone, or everything."""
+    freeze_to(model, [list(model.body.parameters()), list(model.head.parameters())], 1 if frozen else 0)

@@ -2,40 +2,81 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
+import timm.optim
 import torch
 from torch import nn
 
-from trainer.models import NORMS, Classifier, layer_groups
+from trainer.models import NORMS, Classifier, layer_groups, stage_groups
 from trainer.ranks import Ranks
 
+Name = Literal["adamw", "sgd", "lamb"]
 
-def build(model: Classifier, weight_decay: float, size: int) -> torch.optim.AdamW:
-    """AdamW over the layer groups, with fastai's constants; norms and biases are not decayed.
+BETAS, EPS = (0.9, 0.99), 1e-5  # fastai's
+
+
+def build(
+    model: Classifier,
+    weight_decay: float,
+    size: int,
+    *,
+    name: Name = "adamw",
+    by_stage: bool = False,
+    patterns: Sequence[str] | None = None,
+) -> torch.optim.Optimizer:
+    """An optimiser over the layer groups, with fastai's constants; norms and biases are not decayed.
 
     Each torch parameter group carries `layer_group`, the index of the layer group whose rate it takes.
+
+    Args:
+        weight_decay: decoupled: a step with rate lr shrinks a weight by lr * weight_decay (LAMB, as its paper has it,
+            counts that into the update whose length it then sets).
+        size: height and width of the images, pixels.
+        name: `adamw`; `sgd`: with momentum; `lamb`: for large batches (You et al., "Large batch optimization for deep
+            learning: training BERT in 76 minutes", 2019; gradients are clipped to a norm of 1).
+        by_stage: a layer group for each stage (`models.stage_groups`), for layer-wise decay; without it three.
+        patterns: the layer groups by name (`models.named_groups`) instead of either.
     """
     plain = {
         id(parameter)
         for module in model.modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if isinstance(module, NORMS) or name == "bias" or parameter.ndim <= 1
+        for name_, parameter in module.named_parameters(recurse=False)
+        if isinstance(module, NORMS) or name_ == "bias" or parameter.ndim <= 1
     }
     groups = []
-    for index, parameters in enumerate(layer_groups(model, size)):
+    divided = stage_groups(model, size) if by_stage and patterns is None else layer_groups(model, size, patterns)
+    for index, parameters in enumerate(divided):
         for decay, members in (
             (weight_decay, [p for p in parameters if id(p) not in plain]),
             (0.0, [p for p in parameters if id(p) in plain]),
         ):
             if members:
                 groups.append({"params": members, "weight_decay": decay, "layer_group": index})
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), eps=1e-5, fused=True)
+    if name == "sgd":
+        return timm.optim.SGDW(groups, lr=0.0, momentum=0.9)  # torch's own couples decay and momentum
+    if name == "lamb":
+        return timm.optim.Lamb(groups, lr=0.0, betas=BETAS, eps=EPS)
+    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPS, fused=True)
+
+
+def groups_of(optimizer: torch.optim.Optimizer) -> list[list[nn.Parameter]]:
+    """The parameters of each layer group, from the input to the head."""
+    groups: list[list[nn.Parameter]] = [[] for _ in {group["layer_group"] for group in optimizer.param_groups}]
+    for group in optimizer.param_groups:
+        groups[group["layer_group"]] += group["params"]
+    return groups
 
 
 def set_hyper(optimizer: torch.optim.Optimizer, lrs: list[float], momentum: float) -> None:
-    """Set the rate of each layer group and the momentum of all."""
+    """Set the rate of each layer group and the momentum of all: SGD's own, or the first beta of Adam's kin."""
     for group in optimizer.param_groups:
         group["lr"] = lrs[group["layer_group"]]
-        group["betas"] = (momentum, group["betas"][1])
+        if "betas" in group:
+            group["betas"] = (momentum, group["betas"][1])
+        else:
+            group["momentum"] = momentum
 
 
 def average_batch_statistics(model: nn.Module, ranks: Ranks) -> None:

@@ -1,5 +1,9 @@
 """Bodies, heads, layer groups, and whether weights fit."""
 
+import json
+import shlex
+from pathlib import Path
+
 import pytest
 import safetensors.torch
 import timm
@@ -9,6 +13,8 @@ from torch import nn
 
 from pipelines.errors import UserError
 from trainer import models, optim, weights
+
+GOLDEN = json.loads((Path(__file__).parent / "golden/groups.json").read_text())
 
 BODIES = ["resnet18", "resnet34", "mobilenet_v3_small", "densenet121", "efficientnet_b0", "vgg11_bn"]
 BODIES += ["tf_efficientnet_lite0", "convnext_atto", "timm_resnet"]
@@ -36,6 +42,77 @@ def test_a_resnet_is_cut_where_fastai_cuts_it():
     assert {names[id(p)].split(".")[1] for p in early} == {"conv1", "bn1", "layer1", "layer2"}
     assert {names[id(p)].split(".")[1] for p in late} == {"layer3", "layer4"}
     assert {names[id(p)].split(".")[0] for p in head} == {"head"}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34"])
+def test_groups_and_decay_of_a_resnet_are_fastais(name):
+    model = build(name)
+    groups = models.layer_groups(model, 64)
+    assert [[list(p.shape) for p in group] for group in groups] == GOLDEN["resnet"][name]["groups"]
+    optimizer = optim.build(model, 0.1, 64)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert [[decay[id(p)] > 0 for p in group] for group in groups] == GOLDEN["resnet"][name]["decayed"]
+
+
+STAGES = {
+    "resnet18": ["conv1 bn1", "layer1.0 layer1.1", "layer2.0 layer2.1", "layer3.0 layer3.1", "layer4.0 layer4.1"],
+    "densenet121": ["conv0 norm0"] + [f"denseblock{i} transition{i}" for i in (1, 2, 3)] + ["denseblock4 norm5"],
+    "convnext_atto": ["stem.0 stem.1 stages.0", "stages.1", "stages.2", "stages.3 head.norm"],
+    "mobilenetv3_small_050": [
+        "conv_stem bn1", "blocks.0", "blocks.1", "blocks.2 blocks.3", "blocks.4 blocks.5 conv_head",
+    ],
+    "swin_t": ["0 1", "2 3", "4 5", "6 7 norm"],
+    "vgg11_bn": ["0 1", "4 5", "8 9 11 12", "15 16 18 19", "22 23 25 26"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stages_end_where_the_resolution_falls(name):
+    model = build(name)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    *stages, head = [
+        list(dict.fromkeys(".".join(names[id(p)].split(".")[:-1]).removeprefix("body.") for p in group))
+        for group in models.stage_groups(model, 64)
+    ]
+    assert all(part.startswith("head.") for part in head)
+    assert len(stages) == len(STAGES[name])
+    for stage, expected in zip(stages, STAGES[name], strict=True):
+        parts = [part.removeprefix("features.") for part in stage]
+        heads = list(
+            dict.fromkeys(next((e for e in expected.split() if f"{p}.".startswith(f"{e}.")), p) for p in parts)
+        )
+        assert heads == expected.split()
+
+
+def test_groups_by_name():
+    model = build("resnet18")
+    patterns = ("body.conv1|body.bn1|body.layer[12]", r"body\.layer(3|4)", "head")
+    for named, cut in zip(models.layer_groups(model, 64, patterns), models.layer_groups(model, 64), strict=True):
+        assert [id(p) for p in named] == [id(p) for p in cut]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "words"),
+    [
+        (("body.layer1", "head"), "body.conv1.weight is matched by none of them"),
+        (("body", "body.layer4", "head"), "body.layer4.0.conv1.weight is matched by 'body' and 'body.layer4'"),
+        (("bod", "body", "head"), "'bod' matches no parameter"),
+        (("body(", "head"), r"'body\(' is no regular expression"),
+    ],
+)
+def test_names_that_make_no_groups_are_told(patterns, words):
+    with pytest.raises(UserError, match=words):
+        models.layer_groups(build("resnet18"), 64, patterns)
+
+
+def test_a_model_without_stages_says_how_to_name_its_groups():
+    model = build("convmixer_768_32", size=32)
+    with pytest.raises(UserError, match="one of them has no parameter.*--layer-groups") as caught:
+        models.layer_groups(model, 32)
+    patterns = shlex.split(str(caught.value).partition("--layer-groups ")[2])
+    groups = models.layer_groups(model, 32, patterns)
+    assert len(groups[0]) == 4  # a convolution and a norm
+    assert sum(map(len, groups)) == len(list(model.parameters()))
 
 
 def test_a_parameter_outside_the_groups_is_named():
@@ -73,6 +150,38 @@ def test_the_head_is_fastais():
         [nn.AdaptiveMaxPool2d(1)(features_NFHW), nn.AdaptiveAvgPool2d(1)(features_NFHW)], dim=1
     ).flatten(1)
     assert torch.allclose(models.ConcatPool()(features_NFHW), expected)
+
+
+def three_groups():
+    """The model that fastai froze for the golden file."""
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)),
+        nn.Sequential(nn.Conv2d(4, 4, 3), nn.InstanceNorm2d(4, affine=True), nn.LayerNorm(4)),
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10), nn.BatchNorm1d(10)),
+    )
+
+
+@pytest.mark.parametrize("train_bn", [True, False])
+@pytest.mark.parametrize("n", [-1, -2, 0, 1, 2])
+def test_freezing_leaves_what_fastai_leaves(n, train_bn):
+    model = three_groups()
+    groups = [list(part.parameters()) for part in model]
+    models.freeze_to(model, groups, 2)  # whatever was frozen before
+    models.freeze_to(model, groups, n, train_bn=train_bn)
+    learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert learning == GOLDEN["learning"][f"freeze_to({n}), train_bn={train_bn}"]
+
+
+def test_freezing_everything_is_refused():
+    model = three_groups()
+    groups = [list(part.parameters()) for part in model]
+    for n in (3, -4):
+        with pytest.raises(UserError, match=f"freeze_to\\({n}\\) of a model with 3 layer groups"):
+            models.freeze_to(model, groups, n)
+    models.freeze(model, groups, train_bn=False)
+    assert [p.requires_grad for group in groups for p in group] == [False] * 10 + [True] * 4
+    models.unfreeze(model, groups)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_freezing_leaves_head_and_norms():
