@@ -3,7 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
+
+from pipelines.errors import UserError
+
+
+class Curve(Protocol):
+    """How the rate and the momentum run over the steps of a phase."""
+
+    def lr(self, step: float) -> float:
+        """Learning rate of optimiser step `step`, counted from 0."""
+        ...
+
+    def momentum_at(self, step: float) -> float:
+        """Momentum (Adam's first beta) of the same step."""
+        ...
 
 
 def cosine(start: float, end: float, share: float) -> float:
@@ -54,8 +70,63 @@ class OneCycle:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FlatCosine:
+    """fastai's `fit_flat_cos`: `max_lr`, and in the last quarter half a cosine down to `max_lr / div_final`."""
+
+    steps: int
+    """Optimiser steps of the curve."""
+    max_lr: float
+    """The flat learning rate."""
+    pct_start: float = 0.75
+    """Share of the steps in which the rate stays."""
+    div_final: float = 1e5
+    """Flat rate over last rate."""
+    momentum: float = 0.9
+    """Momentum of all steps."""
+
+    def lr(self, step: float) -> float:
+        """Learning rate of optimiser step `step`, counted from 0."""
+        start, top = self.max_lr, self.max_lr
+        return two_cosines(step, self.pct_start * self.steps, self.steps, start, top, self.max_lr / self.div_final)
+
+    def momentum_at(self, step: float) -> float:
+        """Momentum of the same step."""
+        return self.momentum
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupLinear:
+    """Two straight lines: from `max_lr / div` up to `max_lr`, and down towards 0, which the step after the last has.
+
+    The warm-up is that of Goyal et al. ("Accurate, large minibatch SGD", 2017), the way down that of BERT.
+    """
+
+    steps: int
+    """Optimiser steps of the curve."""
+    max_lr: float
+    """Peak learning rate."""
+    pct_start: float = 0.1
+    """Share of the steps in which the rate rises."""
+    div: float = 25.0
+    """Peak rate over first rate."""
+    momentum: float = 0.9
+    """Momentum of all steps."""
+
+    def lr(self, step: float) -> float:
+        """Learning rate of optimiser step `step`, counted from 0."""
+        peak, start = self.pct_start * self.steps, self.max_lr / self.div
+        if step < peak:
+            return start + (self.max_lr - start) * step / peak
+        return self.max_lr * max(0.0, self.steps - step) / (self.steps - peak)
+
+    def momentum_at(self, step: float) -> float:
+        """Momentum of the same step."""
+        return self.momentum
+
+
+@dataclass(frozen=True, kw_only=True)
 class Phase:
-    """A stretch of training with one set of trainable groups and one cycle."""
+    """A stretch of training with one set of trainable groups and one curve of the rate."""
 
     name: str
     """`frozen` or `unfrozen`."""
@@ -64,8 +135,15 @@ class Phase:
     """Number of its first epoch in the run."""
     lrs: tuple[float, ...]
     """Peak learning rate of each layer group, from the input to the head."""
-    cycle: OneCycle
+    cycle: Curve
     """The cycle of a peak rate of 1; a group's rate is its peak times this."""
+    freeze_to: int = 0
+    """First layer group that learns (`models.freeze_to`); negative numbers count from the end."""
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """Rate of each layer group over that of the last."""
+        return tuple(lr / self.lrs[-1] for lr in self.lrs)
 
     def hyper(self, step: int) -> tuple[list[float], float]:
         """Learning rate of each layer group, and momentum, at optimiser step `step` of this phase."""
@@ -83,6 +161,73 @@ def last_and_tenth(high: float, n: int) -> tuple[float, ...]:
     return (*[high / 10] * (n - 1), high)
 
 
+def layerwise(high: float, n: int, decay: float) -> tuple[float, ...]:
+    """`high` for the last group, and `decay` times the rate of the next for each before it (BEiT's layer decay)."""
+    return tuple(high * decay ** (n - 1 - i) for i in range(n))
+
+
+Rates = float | slice | Sequence[float]
+"""A number: the rate of all layer groups. `slice(low, high)`: geometric from the input to the head. `slice(high)`: the
+last group's, a tenth for the others. A sequence: one for each."""
+
+
+def rates(lr: Rates, groups: int) -> tuple[float, ...]:
+    """The rate of each of `groups` layer groups, as fastai reads its `lr`.
+
+    Raises:
+        UserError: a rate is not above 0, or their number is not that of the groups.
+    """
+    if isinstance(lr, slice):
+        given = tuple(bound for bound in (lr.start, lr.stop) if bound is not None)
+    else:
+        given = tuple(lr) if isinstance(lr, Sequence) else (lr,)
+    if not given or not min(given) > 0:
+        raise UserError(f"The learning rate is {lr}; all rates must be greater than 0.")
+    if isinstance(lr, slice):
+        return last_and_tenth(*given, groups) if len(given) == 1 else geometric(*given, groups)
+    if not isinstance(lr, Sequence):
+        return given * groups
+    if len(given) != groups:
+        raise UserError(f"The {len(given)} learning rates {given} must be {groups}, one for each layer group.")
+    return given
+
+
+def fit_one_cycle(
+    *,
+    lr: Rates,
+    groups: int,
+    steps_per_epoch: int,
+    epochs: int,
+    pct_start: float = 0.25,
+    div: float = 25.0,
+    freeze_to: int = 0,
+) -> list[Phase]:
+    """The one phase of fastai's `fit_one_cycle`."""
+    cycle = OneCycle(steps=epochs * steps_per_epoch, max_lr=1.0, pct_start=pct_start, div=div)
+    return [_whole(cycle, rates(lr, groups), epochs, freeze_to)]
+
+
+def fit_flat_cos(
+    *, lr: Rates, groups: int, steps_per_epoch: int, epochs: int, pct_start: float = 0.75, freeze_to: int = 0
+) -> list[Phase]:
+    """The one phase of fastai's `fit_flat_cos`, for training from scratch."""
+    cycle = FlatCosine(steps=epochs * steps_per_epoch, max_lr=1.0, pct_start=pct_start)
+    return [_whole(cycle, rates(lr, groups), epochs, freeze_to)]
+
+
+def fit_warmup_linear(
+    *, lr: Rates, groups: int, steps_per_epoch: int, epochs: int, pct_start: float = 0.1, freeze_to: int = 0
+) -> list[Phase]:
+    """One phase of warm-up and linear decay, for training from scratch."""
+    cycle = WarmupLinear(steps=epochs * steps_per_epoch, max_lr=1.0, pct_start=pct_start)
+    return [_whole(cycle, rates(lr, groups), epochs, freeze_to)]
+
+
+def _whole(cycle: Curve, lrs: tuple[float, ...], epochs: int, freeze_to: int) -> Phase:
+    name = "frozen" if freeze_to else "unfrozen"
+    return Phase(name=name, epochs=epochs, first_epoch=0, lrs=lrs, cycle=cycle, freeze_to=freeze_to)
+
+
 def fine_tune(
     *,
     base_lr: float,
@@ -91,19 +236,22 @@ def fine_tune(
     epochs: int,
     freeze_epochs: int,
     lr_mult: float = 100.0,
+    layer_decay: float | None = None,
 ) -> list[Phase]:
     """The phases of fastai's `fine_tune`: the head alone at the base rate, then everything at half of it.
 
     Frozen: `slice(base_lr)`, pct_start 0.99.
-    Unfrozen: `slice(base_lr / 2 / lr_mult, base_lr / 2)`, pct_start 0.3, div 5.
+    Unfrozen: `slice(base_lr / 2 / lr_mult, base_lr / 2)`, pct_start 0.3, div 5; with `layer_decay` the rates are
+    `layerwise` instead.
     """
     phases = []
     if freeze_epochs:
         cycle = OneCycle(steps=freeze_epochs * steps_per_epoch, max_lr=1.0, pct_start=0.99)
         lrs = last_and_tenth(base_lr, groups)
-        phases.append(Phase(name="frozen", epochs=freeze_epochs, first_epoch=0, lrs=lrs, cycle=cycle))
+        phases.append(Phase(name="frozen", epochs=freeze_epochs, first_epoch=0, lrs=lrs, cycle=cycle, freeze_to=-1))
     if epochs:
         cycle = OneCycle(steps=epochs * steps_per_epoch, max_lr=1.0, pct_start=0.3, div=5.0)
-        lrs = geometric(base_lr / 2 / lr_mult, base_lr / 2, groups)
+        high = base_lr / 2
+        lrs = geometric(high / lr_mult, high, groups) if layer_decay is None else layerwise(high, groups, layer_decay)
         phases.append(Phase(name="unfrozen", epochs=epochs, first_epoch=freeze_epochs, lrs=lrs, cycle=cycle))
     return phases

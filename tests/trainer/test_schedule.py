@@ -1,9 +1,48 @@
-"""The one-cycle policy against torch's, and fine-tuning against fastai's numbers."""
+"""The curves against torch's, and every rate and momentum of a training against those that fastai set."""
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from trainer.schedule import OneCycle, fine_tune, geometric, last_and_tenth, two_cosines
+from pipelines.errors import UserError
+from trainer.schedule import (
+    FlatCosine,
+    OneCycle,
+    WarmupLinear,
+    fine_tune,
+    fit_flat_cos,
+    fit_one_cycle,
+    fit_warmup_linear,
+    geometric,
+    last_and_tenth,
+    layerwise,
+    rates,
+    two_cosines,
+)
+
+GOLDEN = json.loads((Path(__file__).parent / "golden/schedules.json").read_text())
+RUN = {"groups": 3, "steps_per_epoch": 7}
+TRAININGS = {
+    "fine_tune(2)": fine_tune(base_lr=2e-3, epochs=2, freeze_epochs=1, **RUN),
+    "fit_one_cycle(12, slice(1e-6, 1e-4))": fit_one_cycle(lr=slice(1e-6, 1e-4), epochs=12, **RUN),
+    "fit_one_cycle(2, 3e-3)": fit_one_cycle(lr=3e-3, epochs=2, **RUN),
+    "fit_flat_cos(4, slice(1e-3))": fit_flat_cos(lr=slice(1e-3), epochs=4, **RUN),
+}
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+# fastai finds the place in the cycle in float32; float64 is what it sets when it does that in double precision, too
+@pytest.mark.parametrize(("kind", "tolerance"), [("float64", 1e-9), ("float32", 1e-8)])
+def test_every_step_of_every_group_has_fastais_rate_and_momentum(training, kind, tolerance):
+    assert (GOLDEN[kind]["groups"], GOLDEN[kind]["steps_per_epoch"]) == (RUN["groups"], RUN["steps_per_epoch"])
+    theirs = GOLDEN[kind][training]
+    ours = [phase.hyper(step) for phase in TRAININGS[training] for step in range(phase.epochs * 7)]
+    assert len(ours) == len(theirs["lr"]) == len(theirs["momentum"])
+    for (lrs, momentum), expected_lrs, expected_momentum in zip(ours, theirs["lr"], theirs["momentum"], strict=True):
+        assert lrs == pytest.approx(expected_lrs, abs=tolerance * 1e-2, rel=1e-9 if kind == "float64" else 1e-5)
+        assert momentum == pytest.approx(expected_momentum, abs=tolerance)
 
 
 def torch_one_cycle(steps, max_lr, pct_start, div, div_final, beta1):
@@ -70,3 +109,59 @@ def test_rates_over_groups():
     assert geometric(1e-6, 1e-4, 3) == pytest.approx((1e-6, 1e-5, 1e-4))
     assert geometric(1e-6, 1e-4, 1) == (1e-4,)
     assert last_and_tenth(1e-2, 3) == pytest.approx((1e-3, 1e-3, 1e-2))
+
+
+def test_rates_as_fastai_reads_them():
+    assert rates(1e-3, 3) == (1e-3, 1e-3, 1e-3)
+    assert rates(slice(1e-6, 1e-4), 3) == pytest.approx((1e-6, 1e-5, 1e-4))
+    assert rates(slice(1e-2), 3) == pytest.approx((1e-3, 1e-3, 1e-2))
+    assert rates(layerwise(8.0, 4, 0.5), 4) == (1.0, 2.0, 4.0, 8.0)
+
+
+@pytest.mark.parametrize(
+    ("lr", "words"),
+    [
+        (0.0, "greater than 0"),
+        (slice(0.0, 1e-3), "greater than 0"),
+        (slice(None), "greater than 0"),
+        (float("nan"), "greater than 0"),
+        ((1e-3, 1e-2), "The 2 learning rates .* must be 3"),
+    ],
+)
+def test_rates_that_are_none_are_told(lr, words):
+    with pytest.raises(UserError, match=words):
+        rates(lr, 3)
+
+
+def test_warm_up_and_linear_decay_equal_torchs():
+    steps, peak = 40, 4
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    up = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / 25, total_iters=peak)
+    down = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=steps - peak)
+    scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [up, down], milestones=[peak])
+    ours = WarmupLinear(steps=steps, max_lr=0.3, pct_start=0.1)
+    for step in range(steps):
+        assert ours.lr(step) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+        optimizer.step()
+        scheduler.step()
+    assert ours.lr(steps) == 0.0
+    (phase,) = fit_warmup_linear(lr=0.3, epochs=4, groups=2, steps_per_epoch=10)
+    assert phase.hyper(peak) == ([0.3, 0.3], 0.9)
+
+
+def test_the_flat_rate_ends_in_a_cosine():
+    curve = FlatCosine(steps=8, max_lr=1.0)
+    assert [curve.lr(step) for step in (0, 3, 6)] == [1.0, 1.0, 1.0]
+    assert curve.lr(7) == pytest.approx((1 + 1e-5) / 2)
+    assert curve.lr(8) == pytest.approx(1e-5)
+
+
+def test_a_phase_knows_what_learns_and_in_which_ratios():
+    frozen, unfrozen = fine_tune(base_lr=2e-3, groups=4, steps_per_epoch=1, epochs=1, freeze_epochs=1)
+    assert (frozen.freeze_to, unfrozen.freeze_to) == (-1, 0)
+    assert frozen.ratios == pytest.approx((0.1, 0.1, 0.1, 1.0))
+    assert unfrozen.ratios == pytest.approx((0.01, 0.01 ** (2 / 3), 0.01 ** (1 / 3), 1.0))
+    decayed = fine_tune(base_lr=2e-3, groups=4, steps_per_epoch=1, epochs=1, freeze_epochs=0, layer_decay=0.75)[0]
+    assert decayed.lrs == pytest.approx([1e-3 * 0.75**depth for depth in (3, 2, 1, 0)])
+    (second,) = fit_one_cycle(lr=1e-3, epochs=1, groups=4, steps_per_epoch=1, freeze_to=2)
+    assert (second.name, second.freeze_to) == ("frozen", 2)
