@@ -1,13 +1,19 @@
 """The range test: its suggestions, its end, and that it leaves no trace."""
 
+import json
 import math
+from collections import OrderedDict
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from pipelines.errors import UserError
 from pipelines.geometry import Augment
-from pipelines.loader import Loader
+from pipelines.loader import Batch, Loader
 from pipelines.scanning import scan
 from tests.ranks import on_ranks
 from trainer import models, optim, precision
@@ -15,6 +21,7 @@ from trainer.journal import Journal, read
 from trainer.loop import Learner, train_step
 from trainer.lr_range import HIGH, LOW, range_test, suggest
 from trainer.ranks import Ranks
+from trainer.schedule import fine_tune
 from trainer.worker import endless, run
 
 
@@ -97,6 +104,203 @@ def test_it_ends_where_the_loss_is_no_number(loader, tmp_path):
     assert all(torch.isfinite(p).all() for p in learner.model.parameters())
 
 
+@pytest.fixture
+def one_thread():
+    """Layers as small as these gain nothing from a second thread, and lose much where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Hidden(nn.Module):
+    """Counts its calls in a buffer that no state dict holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1), persistent=False)
+
+    def forward(self, images_NCHW):
+        self.calls += self.training
+        return images_NCHW
+
+
+def tiny_learner(ranks=Ranks(), *, number="fp32", optimizer="adamw"):  # noqa: B008
+    """Two convolutions with batch-norms, at 1/4 and at 1/16, and fastai's head."""
+    torch.manual_seed(0)
+    early = nn.Sequential(Hidden(), nn.Conv2d(3, 8, 4, stride=4), nn.BatchNorm2d(8), nn.ReLU())
+    late = nn.Sequential(nn.Conv2d(8, 8, 4, stride=4), nn.BatchNorm2d(8), nn.ReLU())
+    body = nn.Sequential(OrderedDict(early=early, late=late))
+    model = models.Classifier(body, models.build_head("fastai", 8, 3))
+    return Learner(
+        model=model,
+        optimizer=optim.build(model, 0.01, 32, name=optimizer),
+        precision=precision.resolve(number, torch.device("cpu")),
+        ranks=ranks,
+    )
+
+
+def tiny_batches(count=30, size=8, first=0):
+    """Seeded images whose brightness is their label."""
+    for step in range(count):
+        generator = torch.Generator().manual_seed(first + step)
+        labels_N = torch.randint(3, (size,), generator=generator)
+        images_NCHW = torch.randn(size, 3, 32, 32, generator=generator) + labels_N[:, None, None, None]
+        yield Batch(step=step, images_NCHW=images_NCHW, labels_N=labels_N, ids_N=torch.arange(size))
+
+
+def tiny_test(learner, batches, path, **options):
+    journal = Journal(path / f"journal{learner.ranks.rank}.jsonl")
+    return range_test(learner, batches, **{"global_batch": 8, "steps": 20, "seed": 0, "journal": journal, **options})
+
+
+def whole(learner):
+    """`everything`, and what a training could notice beyond it."""
+    state = everything(learner)
+    state |= {f"buffer.{name}": value.clone() for name, value in learner.model.named_buffers()}
+    state["learning"] = torch.tensor([p.requires_grad for p in learner.model.parameters()])
+    state["modes"] = torch.tensor([module.training for module in learner.model.modules()])
+    state["gradients"] = torch.tensor([p.grad is not None for p in learner.model.parameters()])
+    numbers = list(learner.scaler.state_dict().values())
+    for group in learner.optimizer.param_groups:
+        numbers += [group["lr"], *group.get("betas", ()), group.get("momentum", 0.0), float(group.get("step", -1))]
+    state["numbers"] = torch.tensor(numbers)
+    return state
+
+
+def used(learner, number):
+    """The same learner after `number` steps, half frozen, half in evaluation."""
+    learner.train(frozen=True)
+    for i, batch in enumerate(tiny_batches(number, first=100)):
+        train_step(learner, batch, global_batch=8, hyper=([1e-4, 1e-4, 1e-3], 0.9), noise=(1, 0, i))
+    learner.model.body.late.eval()
+    torch.manual_seed(3)
+    return learner
+
+
+class Stopped(KeyboardInterrupt):
+    pass
+
+
+def from_the_batches(learner, raised):
+    def batches():
+        yield from tiny_batches(3)
+        raise raised
+
+    return batches()
+
+
+def between_step_and_update(learner, raised):
+    seen = []
+
+    def stop(*_):
+        seen.append(None)
+        if len(seen) == 4:
+            raise raised
+
+    learner.optimizer.register_step_post_hook(stop)
+    return tiny_batches()
+
+
+def in_the_backward_pass(learner, raised):
+    seen = []
+
+    def stop(gradient):
+        seen.append(None)
+        if len(seen) == 4:
+            raise raised
+        return gradient
+
+    learner.model.head[3].weight.register_hook(stop)  # the head has its gradients then, the body has not
+    return tiny_batches()
+
+
+@pytest.mark.parametrize(
+    ("number", "optimizer", "steps", "ending", "raised"),
+    [
+        ("fp32", "adamw", 0, None, None),
+        ("fp32", "adamw", 0, in_the_backward_pass, Stopped()),
+        ("fp32", "adamw", 2, from_the_batches, OSError("disk")),
+        ("fp32", "lamb", 2, between_step_and_update, Stopped()),
+        ("fp32", "lamb", 0, from_the_batches, Stopped()),
+        ("fp32", "sgd", 2, in_the_backward_pass, OSError("disk")),
+        ("fp16", "adamw", 2, None, None),
+        ("fp16", "adamw", 2, between_step_and_update, Stopped()),
+        ("fp16", "adamw", 0, from_the_batches, Stopped()),
+    ],
+)
+@pytest.mark.usefixtures("one_thread")
+def test_nothing_tells_that_it_was_there(number, optimizer, steps, ending, raised, tmp_path):
+    learner = used(tiny_learner(number=number, optimizer=optimizer), steps)
+    before = whole(learner)
+    if ending is None:
+        assert len(tiny_test(learner, tiny_batches(), tmp_path).losses) > 5
+    else:
+        with pytest.raises(type(raised)):
+            tiny_test(learner, ending(learner, raised), tmp_path)
+    assert same(before, whole(learner))
+    assert (len(learner.optimizer.state) == 0) == (steps == 0)
+
+    # nor does what comes after: a step more is the step that an untouched learner makes
+    twin = used(tiny_learner(number=number, optimizer=optimizer), steps)
+    for each in (learner, twin):
+        batch = next(tiny_batches(first=500))
+        train_step(each, batch, global_batch=8, hyper=([1e-3, 1e-3, 1e-2], 0.9), noise=(2, 0, 0))
+    assert same(whole(learner), whole(twin))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_groups_are_swept_in_the_ratios_of_training(tmp_path):
+    (frozen,) = fine_tune(base_lr=3e-3, groups=3, steps_per_epoch=9, epochs=0, freeze_epochs=1)
+    (unfrozen,) = fine_tune(base_lr=3e-3, groups=3, steps_per_epoch=9, epochs=1, freeze_epochs=0)
+    for ratios, phase in ((None, frozen), (unfrozen.ratios, unfrozen)):
+        learner, seen = tiny_learner(), []
+        learner.optimizer.register_step_pre_hook(
+            lambda optimizer, *_, seen=seen: seen.append({g["layer_group"]: g["lr"] for g in optimizer.param_groups})
+        )
+        found = tiny_test(learner, tiny_batches(), tmp_path, ratios=ratios)
+        assert [rates[2] for rates in seen[: len(found.lrs)]] == pytest.approx(found.lrs)
+        lrs, _ = phase.hyper(5)
+        for rates in seen:
+            assert [rates[i] / rates[2] for i in range(3)] == pytest.approx([lr / lrs[2] for lr in lrs])
+    with pytest.raises(ValueError, match="2 ratios for 3 layer groups"):
+        tiny_test(tiny_learner(), tiny_batches(), tmp_path, ratios=(0.1, 1.0))
+
+
+@pytest.mark.parametrize("steps", [19, 101])
+def test_it_takes_a_hundred_steps_at_most(steps, tmp_path):
+    with pytest.raises(UserError, match=f"--lr-find-steps is {steps}; it must be between 20 and 100"):
+        tiny_test(tiny_learner(), tiny_batches(), tmp_path, steps=steps)
+
+
+def one_rank_meets_nan(ranks, path):
+    """Rank 1's fifth batch is no number."""
+    learner = tiny_learner(ranks)
+    learner.train(frozen=False)
+    before, taken = whole(learner), []
+
+    def batches():
+        for batch in tiny_batches(size=8):
+            half = slice(4 * ranks.rank, 4 * ranks.rank + 4)
+            images_NCHW = batch.images_NCHW[half]
+            if ranks.rank == 1 and batch.step == 4:
+                images_NCHW[0, 0, 0, 0] = math.nan
+            taken.append(batch.step)
+            yield replace(batch, images_NCHW=images_NCHW, labels_N=batch.labels_N[half], ids_N=batch.ids_N[half])
+
+    found = tiny_test(learner, batches(), path)
+    assert same(before, whole(learner))
+    (path / f"rank{ranks.rank}.json").write_text(json.dumps({"taken": taken, "losses": found.losses}))
+
+
+def test_a_nan_on_one_rank_ends_both_at_that_step(tmp_path):
+    on_ranks(2, one_rank_meets_nan, tmp_path)
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert first["taken"] == [0, 1, 2, 3, 4]
+    assert len(first["losses"]) == 4
+
+
 def two_ranks(ranks, path):
     run(path, "lr-find", ranks)
 
@@ -145,3 +349,19 @@ def test_the_valley_is_fastais():
 def test_a_curve_without_information_suggests_nothing(losses):
     lrs = np.geomspace(LOW, HIGH, 60)[: len(losses)].tolist()
     assert suggest(lrs, losses, 60) == {}
+
+
+GOLDEN = json.loads((Path(__file__).parent / "golden/suggestions.json").read_text())
+
+
+@pytest.mark.parametrize("curve", GOLDEN, ids=lambda curve: curve["name"])
+def test_suggestions_are_fastais(curve):
+    steps, low, high = curve["steps"], curve["low"], curve["high"]
+    losses = [math.nan if loss is None else loss for loss in curve["losses"]]
+    found = suggest([low * (high / low) ** (i / steps) for i in range(len(losses))], losses, steps)
+    if curve["says_nothing"]:
+        assert found == {}  # fastai gives a number, or an IndexError
+        return
+    theirs = {name: rate for name, rate in curve["fastai"].items() if rate != "IndexError"}
+    assert {name: found[name] for name in found if name != "balanced"} == pytest.approx(theirs, rel=1e-6)
+    assert found["balanced"] == pytest.approx(math.sqrt(theirs["valley"] * theirs["minimum"]))
