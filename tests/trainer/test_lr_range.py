@@ -225,8 +225,8 @@ def in_the_backward_pass(learner, raised):
         ("fp32", "lamb", 0, from_the_batches, Stopped()),
         ("fp32", "sgd", 2, in_the_backward_pass, OSError("disk")),
         ("fp16", "adamw", 2, None, None),
-        ("fp16", "adamw", 2, between_step_and_update, Stopped()),
-        ("fp16", "adamw", 0, from_the_batches, Stopped()),
+        ("fp16", "sgd", 2, between_step_and_update, Stopped()),
+        ("fp16", "adamw", 0, between_step_and_update, Stopped()),
     ],
 )
 @pytest.mark.usefixtures("one_thread")

@@ -62,6 +62,10 @@ STAGES = {
         "conv_stem bn1", "blocks.0", "blocks.1", "blocks.2 blocks.3", "blocks.4 blocks.5 conv_head",
     ],
     "swin_t": ["0 1", "2 3", "4 5", "6 7 norm"],
+    "hrnet_w18_small": [
+        "conv1 bn1", "conv2 bn2 layer1 transition1.0", "transition1.1 stage2", "transition2 stage3",
+        "transition3 stage4 incre_modules downsamp_modules final_layer",
+    ],
     "vgg11_bn": ["0 1", "4 5", "8 9 11 12", "15 16 18 19", "22 23 25 26"],
 }  # fmt: skip
 
