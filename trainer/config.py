@@ -61,20 +61,34 @@ class TrainConfig:
     head: Literal["fastai", "plain"] = "fastai"
     """`fastai`: concat pooling, batch-norm, dropout, two linear layers. `plain`: average pooling, one linear layer."""
 
+    layer_groups: tuple[str, ...] = ()
+    """Layer groups by name, from the input to the head: a regular expression of parameter names for each. Default: by
+    the body's stages."""
+
     size: int = 160
     """Training and validation images are squares of this many pixels."""
     batch: int = 64
     """Images in a step, over all workers."""
+    schedule: Literal["fine-tune", "one-cycle", "flat-cos", "warmup-linear"] = "fine-tune"
+    """`fine-tune`: the head alone, then everything with rates that rise towards the head, each by one cycle. The others
+    train everything at one rate from the first epoch on, as suits training from scratch."""
     epochs: int = 3
     """Epochs with the whole model, after those with the head alone."""
     freeze_epochs: int = 1
-    """Epochs with the head alone (and the body's batch-norms), first."""
+    """Epochs of `fine-tune` with the head alone, first."""
+    train_bn: bool = True
+    """Let the batch-norms of a frozen body go on learning."""
     lr: float | None = None
     """Peak learning rate of the head. Default: found by a range test over all workers."""
     lr_find_steps: int = 50
-    """Most steps of the range test, 20 to 1,000; it ends when the loss explodes."""
+    """Most steps of the range test, 20 to 100; it ends when the loss explodes."""
+    optimizer: Literal["adamw", "sgd", "lamb"] = "adamw"
+    """`sgd` has momentum; `lamb` is for large batches."""
+    layer_decay: float | None = None
+    """Rate of each stage of the body over that of the next, for fine-tuning; 0.65 to 0.8 are usual. Default: three
+    layer groups, the last at 100 times the rate of the first."""
     weight_decay: float = 0.01
-    """Decoupled weight decay (AdamW); norms and biases have none."""
+    """Decoupled weight decay; norms and biases have none."""
     seed: int = 0
     """Seed of order, augmentation, initial head and dropout."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -118,7 +132,10 @@ class TrainConfig:
         check(self.batch >= 2, "batch", self.batch, "at least 2: batch-norm has no variance of one image")
         check(self.epochs >= 0, "epochs", self.epochs, "0 or more")
         check(self.freeze_epochs >= 0, "freeze-epochs", self.freeze_epochs, "0 or more")
-        check(self.epochs + self.freeze_epochs > 0, "epochs", 0, "more than 0 where --freeze-epochs is 0")
+        if self.schedule == "fine-tune":
+            check(self.epochs + self.freeze_epochs > 0, "epochs", 0, "more than 0 where --freeze-epochs is 0")
+        else:
+            check(self.epochs > 0, "epochs", 0, f"more than 0 with --schedule {self.schedule}")
         check(
             0 < self.valid_fraction < 1,
             "valid-fraction",
@@ -126,7 +143,10 @@ class TrainConfig:
             "between 0 and 1, both excluded",
         )
         check(self.lr is None or self.lr > 0, "lr", self.lr, "greater than 0")
-        check(20 <= self.lr_find_steps <= 1000, "lr-find-steps", self.lr_find_steps, "between 20 and 1,000")
+        check(20 <= self.lr_find_steps <= 100, "lr-find-steps", self.lr_find_steps, "between 20 and 100")
+        check(
+            self.layer_decay is None or 0 < self.layer_decay <= 1, "layer-decay", self.layer_decay, "above 0, at most 1"
+        )
         check(self.weight_decay >= 0, "weight-decay", self.weight_decay, "0 or more")
         check(self.workers is None or self.workers >= 0, "workers", self.workers, "0 or more")
         check(self.threads is None or self.threads >= 1, "threads", self.threads, "1 or more")

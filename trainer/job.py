@@ -204,7 +204,10 @@ def prepare(config: TrainConfig, console: Console) -> tuple[RunFolder, Manifest]
         )
     torch.manual_seed(config.seed)
     model = models.build(config.model, head=config.head, classes=len(manifest.classes), size=config.size)
-    models.layer_groups(model, config.size)
+    if config.layer_decay is None or config.layer_groups:
+        models.layer_groups(model, config.size, config.layer_groups or None)
+    else:
+        models.stage_groups(model, config.size)
     source = weights.load(model, config.model, pretrained=config.pretrained, weights=config.weights)
     console.print(f"model     {config.model}, {config.head} head; weights: {source}", highlight=False, soft_wrap=True)
     try:
@@ -392,6 +395,6 @@ def _continuing(result: Result, config: TrainConfig) -> list[str]:
     for name, value in _flat(config.as_dict()).items():
         if name not in replaced and value != defaults[name]:
             flag = f"--{name.replace('_', '-')}"
-            words += [flag] if value is True else [flag, str(value)]
+            words += [flag] if value is True else [flag, *(value if isinstance(value, tuple) else [str(value)])]
     model = os.path.relpath(RunFolder(result.folder).model)
     return [*words, "--weights", model, "--freeze-epochs", "0", "--epochs", "3", "--seed", str(config.seed + 1)]

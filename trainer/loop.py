@@ -16,7 +16,7 @@ from pipelines.errors import UserError
 from pipelines.loader import Batch, Loader
 from trainer import optim
 from trainer.journal import Journal
-from trainer.models import Classifier, freeze_body
+from trainer.models import Classifier, freeze_to
 from trainer.precision import Precision
 from trainer.ranks import Ranks
 from trainer.schedule import Phase
@@ -40,9 +40,12 @@ class Learner:
         self.scaler = self.precision.scaler()
         self.network = self.model
 
-    def train(self, *, frozen: bool) -> None:
-        """Choose what learns. DDP is made anew: it reduces the parameters that require a gradient when it is made."""
-        freeze_body(self.model, frozen)
+    def train(self, *, first_group: int, train_bn: bool = True) -> None:
+        """Choose what learns: the layer groups from `first_group` on; see `models.freeze_to`.
+
+        DDP is made anew: it reduces the parameters that require a gradient when it is made.
+        """
+        freeze_to(self.model, optim.groups_of(self.optimizer), first_group, train_bn=train_bn)
         self.model.train()
         self.network = self.model
         gc.collect()  # an earlier DDP wrapper would go on reducing the same gradients until it is gone

@@ -325,8 +325,3 @@ def freeze(model: nn.Module, groups: Sequence[Sequence[nn.Parameter]], *, train_
 def unfreeze(model: nn.Module, groups: Sequence[Sequence[nn.Parameter]]) -> None:
     """Train everything."""
     freeze_to(model, groups, 0)
-
-
-def freeze_body(model: Classifier, frozen: bool) -> None:
-    """Train the head alone, or everything."""
-    freeze_to(model, [list(model.body.parameters()), list(model.head.parameters())], 1 if frozen else 0)

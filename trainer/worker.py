@@ -28,7 +28,7 @@ from pipelines.loader import Batch, Loader
 from pipelines.manifest import Manifest, Quarantined
 from pipelines.plan import RANGE_TEST_EPOCH, balanced
 from trainer import checkpoint, evaluate, figures, models, optim, precision, schedule
-from trainer.config import Goal
+from trainer.config import Goal, TrainConfig
 from trainer.interpret import confusion_matrix, most_confused
 from trainer.journal import Journal
 from trainer.loop import Learner, train_epoch
@@ -101,7 +101,15 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, closing: ExitStac
     model = models.build(config.model, head=config.head, classes=len(manifest.classes), size=config.size)
     model.load_state_dict(safetensors.torch.load_file(folder.initial))
     model = model.to(device=ranks.device).to(memory_format=torch.channels_last)
-    optimizer = optim.build(model, config.weight_decay, config.size)
+    optimizer = optim.build(
+        model,
+        config.weight_decay,
+        config.size,
+        name=config.optimizer,
+        by_stage=config.layer_decay is not None,
+        patterns=config.layer_groups or None,
+    )
+    groups = len(optim.groups_of(optimizer))
     learner = Learner(model=model, optimizer=optimizer, precision=numbers, ranks=ranks)
     resumed = checkpoint.load(folder.checkpoints, learner) if goal == "train" else None
     journal.write(
@@ -117,7 +125,7 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, closing: ExitStac
         device=str(ranks.device),
         precision=numbers.name,
         steps_per_epoch=train.steps,
-        epochs=config.freeze_epochs + config.epochs,
+        epochs=sum(phase.epochs for phase in phases_of(config, 1.0, groups, train.steps)),
         versions={
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -131,12 +139,14 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, closing: ExitStac
     # Learning rate
     base_lr = resumed.base_lr if resumed else config.lr
     if base_lr is None or goal == "lr-find":
-        learner.train(frozen=config.freeze_epochs > 0)
+        first = phases_of(config, 1.0, groups, train.steps)[0]
+        learner.train(first_group=first.freeze_to, train_bn=config.train_bn)
         journal.write("phase", phase="lr_find", epochs=0, steps=config.lr_find_steps, lr=[], first_step=0)
         curve = range_test(
             learner,
             endless(train),
             global_batch=config.batch,
+            ratios=first.ratios,
             steps=config.lr_find_steps,
             seed=config.seed,
             journal=journal,
@@ -156,22 +166,15 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, closing: ExitStac
         return
 
     # Training
-    phases = schedule.fine_tune(
-        base_lr=base_lr,
-        groups=3,
-        steps_per_epoch=train.steps,
-        epochs=config.epochs,
-        freeze_epochs=config.freeze_epochs,
-    )
     judgement = None
     lost: dict[int, Quarantined] = {}  # files gone bad since the scan
-    for phase in phases:
+    for phase in phases_of(config, base_lr, groups, train.steps):
         epochs = range(phase.first_epoch, phase.first_epoch + phase.epochs)
         begin = max(epochs.start, resumed.epoch if resumed else 0)
         if begin >= epochs.stop:
             continue
         updates = resumed.updates if resumed and begin == resumed.epoch > epochs.start else 0
-        learner.train(frozen=phase.name == "frozen")
+        learner.train(first_group=phase.freeze_to, train_bn=config.train_bn)
         journal.write(
             "phase",
             phase=phase.name,
@@ -229,6 +232,21 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, closing: ExitStac
         )
 
 
+def phases_of(config: TrainConfig, lr: float, groups: int, steps_per_epoch: int) -> list[schedule.Phase]:
+    """The phases of a training whose head's peak rate is `lr`."""
+    common = {"groups": groups, "steps_per_epoch": steps_per_epoch, "epochs": config.epochs}
+    if config.schedule == "fine-tune":
+        return schedule.fine_tune(
+            base_lr=lr, freeze_epochs=config.freeze_epochs, layer_decay=config.layer_decay, **common
+        )
+    fit = {
+        "one-cycle": schedule.fit_one_cycle,
+        "flat-cos": schedule.fit_flat_cos,
+        "warmup-linear": schedule.fit_warmup_linear,
+    }[config.schedule]
+    return fit(lr=lr if config.layer_decay is None else schedule.layerwise(lr, groups, config.layer_decay), **common)
+
+
 def endless(loader: Loader) -> Iterator[Batch]:
     """Training batches of epochs that training itself never reaches."""
     return itertools.chain.from_iterable(loader.epoch(epoch) for epoch in itertools.count(RANGE_TEST_EPOCH))
@@ -258,7 +276,6 @@ def show_top_losses(folder: RunFolder, loader: Loader, judgement: evaluate.Judge
 
 def main() -> None:
     """The whole job in one process: what tests run, and how a person debugs."""
-    from trainer.config import TrainConfig
     from trainer.job import fine_tune
 
     parser = argparse.ArgumentParser(prog="python -m trainer.worker", description=main.__doc__)

@@ -107,6 +107,24 @@ def test_how_images_are_read_is_set_by_the_configuration(small_set, tmp_path, qu
     assert again.augment == Augment(crop="resized", padding="border")
 
 
+@pytest.mark.parametrize(
+    ("settings", "rates"),
+    [
+        ({"schedule": "one-cycle", "optimizer": "sgd", "lr": 0.1}, [0.1] * 3),
+        ({"schedule": "flat-cos", "optimizer": "lamb"}, [1e-3] * 3),
+        ({"schedule": "warmup-linear", "layer_decay": 0.5}, [1e-3 * 0.5**n for n in (4, 3, 2, 1, 0)]),
+        ({"freeze_epochs": 0, "layer_groups": ["body.stem", "body.stages|body.head", "head"]}, [5e-6, 5e-5, 5e-4]),
+    ],
+)
+def test_schedules_optimisers_and_groups_are_set_by_the_configuration(small_set, tmp_path, quiet, settings, rates):
+    fine_tune(config(small_set, tmp_path, **{"epochs": 1, "subset": 0.4, "lr": 1e-3, **settings}), quiet)
+    events = read(tmp_path / "run" / "journal.jsonl")
+    (phase,) = [event for event in events if event["event"] == "phase"]
+    assert phase["lr"] == pytest.approx(rates)
+    assert events[0]["epochs"] == 1
+    assert len([event for event in events if event["event"] == "step"]) == 2
+
+
 def test_a_store_is_trained_on_like_the_folder_it_was_packed_from(small_set, tmp_path, quiet):
     pack(scan(small_set), tmp_path / "packed", kind="decoded")
     settings = {"lr": 1e-3, "epochs": 1, "freeze_epochs": 0}
@@ -199,6 +217,15 @@ def test_a_loss_that_is_no_number_stops_the_run_in_words(prepared):
         ({"label_regex": "(.+)_nothing"}, "matches"),
         ({"label_csv": "absent.csv"}, "absent.csv"),
         ({"lr": -1}, "--lr is -1"),
+        ({"lr_find_steps": 101}, "--lr-find-steps is 101; it must be between 20 and 100"),
+        ({"layer_groups": ["body.*"]}, "--layer-groups"),
+        ({"schedule": "one-cycle", "epochs": 0}, "--epochs is 0; it must be more than 0 with --schedule one-cycle"),
+        ({"subset": 0}, "--subset is 0"),
+        ({"batch": 50, "subset": 0.5}, "--batch 50 is larger than the 26 training images of --subset 0.5"),
+        ({"repeats": 3}, "--repeats is 3; it must be a divisor of the batch, 8"),
+        ({"cache_keep": True}, "--cache-keep is True; it must be left out where --cache is off"),
+        ({"augment": {"flip": 2}}, "Augment.flip is 2"),
+        ({"augment": {"flop": 2}}, "Unknown setting 'flop'"),
         ({"name": "../escape"}, "plain folder name"),
         ({"workers": 2, "batch": 3}, "--batch 3 gives some of the 2 workers fewer than two images"),
         ({"workers": 4000}, "--workers 4000: this machine has"),

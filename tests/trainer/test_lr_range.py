@@ -68,7 +68,7 @@ def curve(learner, loader, tmp_path, steps=20):
 
 def test_it_leaves_the_learner_as_it_was_to_the_bit(loader, tmp_path):
     learner = make_learner()
-    learner.train(frozen=False)
+    learner.train(first_group=0)
     train_step(learner, next(loader.epoch(0)), global_batch=8, hyper=([1e-3] * 3, 0.9), noise=(0, 0, 0))
     before = everything(learner)
     result = curve(learner, loader, tmp_path)
@@ -146,7 +146,7 @@ def whole(learner):
 
 def used(learner, number):
     """The same learner after `number` steps, half frozen, half in evaluation."""
-    learner.train(frozen=True)
+    learner.train(first_group=-1)
     for i, batch in enumerate(tiny_batches(number, first=100)):
         train_step(learner, batch, global_batch=8, hyper=([1e-4, 1e-4, 1e-3], 0.9), noise=(1, 0, i))
     learner.model.body.late.eval()
@@ -260,7 +260,7 @@ def test_it_ends_where_the_loss_is_no_number(tmp_path):
 def one_rank_meets_nan(ranks, path):
     """Rank 1's fifth batch is no number."""
     learner = tiny_learner(ranks)
-    learner.train(frozen=False)
+    learner.train(first_group=0)
     before, taken = whole(learner), []
 
     def batches():
