@@ -32,7 +32,7 @@ class Ema:
     @property
     def model(self) -> Classifier:
         """The averaged model, in evaluation mode."""
-        return self._average.module  # ty: ignore[invalid-return-type]
+        return self._average.module
 
     def update(self, model: Classifier) -> None:
         """Average in the model after an optimiser step that happened: not after one that the loss scaler skipped."""

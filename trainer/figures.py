@@ -19,6 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
+from trainer.interpret import by_likeness
+
 # The palette of Okabe and Ito (https://jfly.uni-koeln.de/color/), distinct under all common colour blindness.
 BLUE, ORANGE, SKY = "#0072B2", "#D55E00", "#56B4E9"
 INK, FAINT = "#222222", "#8C8C8C"
@@ -93,13 +95,17 @@ def plot_confusion(path: Path, confusion_CC: npt.NDArray[np.integer], classes: S
     """The confusion matrix: row = actual class, column = predicted class, counts in the cells.
 
     A cell's shade is its share of the row, so that rare classes are as readable as common ones, on a scale
-    that keeps small shares visible. Above `MOST_COUNTED_CLASSES` classes the shades speak alone; the figure
+    that keeps small shares visible. Above `MOST_COUNTED_CLASSES` classes the shades speak alone, and the classes
+    stand in the order of their likeness, so that those that are confused make a block on the diagonal; the figure
     stops growing at 24 inches, from where on only every k-th class is named.
     """
     counts_CC = np.asarray(confusion_CC)
     count = len(classes)
     if counts_CC.shape != (count, count):
         raise ValueError(f"a confusion matrix of shape {counts_CC.shape} does not fit {count} classes")
+    if count > MOST_COUNTED_CLASSES:
+        order_C = by_likeness(counts_CC)
+        counts_CC, classes = counts_CC[np.ix_(order_C, order_C)], [classes[index] for index in order_C]
     shares_CC = counts_CC / np.maximum(counts_CC.sum(axis=1, keepdims=True), 1)
 
     cell = 0.62 if count <= 12 else 0.36 if count <= MOST_COUNTED_CLASSES else 0.1  # inches
@@ -123,7 +129,7 @@ def plot_confusion(path: Path, confusion_CC: npt.NDArray[np.integer], classes: S
     axes.set_yticks(named, labels, fontsize=font, parse_math=False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_xlabel("predicted")
+    axes.set_xlabel("predicted" if count <= MOST_COUNTED_CLASSES else "predicted (like classes stand together)")
     axes.set_ylabel("actual")
     total, right = int(counts_CC.sum()), int(np.trace(counts_CC))
     _title(axes, f"Confusion matrix: {right:,} of {total:,} right")
@@ -139,10 +145,12 @@ def plot_confusion(path: Path, confusion_CC: npt.NDArray[np.integer], classes: S
                 color="white" if norm(shares_CC[row, column]) > 0.6 else INK,
             )
             text.set_in_layout(False)  # thousands of texts that lie inside anyway
-        axes.set_xticks(np.arange(count + 1) - 0.5, minor=True)
-        axes.set_yticks(np.arange(count + 1) - 0.5, minor=True)
-        axes.grid(visible=True, which="minor", color="#E4E4E4", linewidth=0.6)
-        axes.tick_params(which="minor", length=0)
+    # Lines around each cell, or around as many as the eye can count on the way to a name.
+    lines_L = np.arange(0, count + 1, 1 if count <= MOST_COUNTED_CLASSES else 10) - 0.5
+    axes.set_xticks(lines_L, minor=True)
+    axes.set_yticks(lines_L, minor=True)
+    axes.grid(visible=True, which="minor", color="#E4E4E4", linewidth=0.6)
+    axes.tick_params(which="minor", length=0)
     bar = figure.colorbar(shades, ax=axes, shrink=0.6, pad=0.02, format=PercentFormatter(1.0), aspect=30)
     bar.set_label("share of the actual class", fontsize=9, color=INK)
     bar.set_ticks([0.0, 0.05, 0.25, 0.5, 1.0])

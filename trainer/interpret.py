@@ -43,3 +43,34 @@ def most_confused(
         for actual, predicted in zip(*np.nonzero(wanted_CC), strict=True)
     ]
     return sorted(pairs, key=lambda pair: -pair[2])
+
+
+def by_likeness(confusion_CC: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+    """An order of the classes in which those that are taken for one another stand together, int64 [C].
+
+    Average-linkage clustering: the two most alike groups become one, turned so that their most alike ends meet, until
+    no two groups are alike. Likeness is the share of the two classes' images that went from either to the other.
+    Groups then follow by their first class, so that a matrix without a confusion keeps its order.
+    """
+    counts_CC = np.asarray(confusion_CC, np.float64)
+    shares_CC = counts_CC / np.maximum(counts_CC.sum(axis=1, keepdims=True), 1)
+    likeness_CC = shares_CC + shares_CC.T
+    groups = {index: [index] for index in range(len(counts_CC))}
+    between_CC = likeness_CC.copy()  # summed over the members of two groups, each named by its first row
+    np.fill_diagonal(between_CC, 0)
+    sizes_C = np.ones(len(counts_CC))
+    for _ in range(len(counts_CC) - 1):
+        mean_CC = between_CC / (sizes_C[:, None] * sizes_C)
+        a, b = divmod(int(mean_CC.argmax()), len(counts_CC))
+        if mean_CC[a, b] == 0:
+            break
+        turns = [(left, right) for left in (groups[a], groups[a][::-1]) for right in (groups[b], groups[b][::-1])]
+        left, right = max(turns, key=lambda turn: likeness_CC[turn[0][-1], turn[1][0]])
+        groups[a] = left + right
+        del groups[b]
+        between_CC[a] += between_CC[b]
+        between_CC[:, a] += between_CC[:, b]
+        between_CC[[a, b], [a, b]] = 0
+        between_CC[b] = between_CC[:, b] = 0
+        sizes_C[a] += sizes_C[b]
+    return np.array([index for _, group in sorted(groups.items()) for index in group], np.int64)

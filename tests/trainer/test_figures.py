@@ -77,6 +77,17 @@ def test_confusion_counts_its_cells_as_long_as_they_are_readable(tmp_path, count
     assert (pictures[0].shape != pictures[1].shape or not np.array_equal(*pictures)) == counted
 
 
+@pytest.mark.parametrize(("count", "together"), [(40, False), (80, True)])
+def test_confused_classes_stand_together_where_there_are_many(tmp_path, count, together):
+    confusion_CC = np.zeros((count, count), dtype=np.int64)
+    confusion_CC[0, -1] = confusion_CC[-1, 0] = 9
+    figures.plot_confusion(tmp_path / "c.png", confusion_CC, [""] * count)
+    dark_HW = (np.abs(pixels(tmp_path / "c.png") - [8, 48, 107]) <= 2).all(axis=-1)
+    height, width = dark_HW.shape
+    lowest = np.flatnonzero(dark_HW[:, : width // 2].any(axis=1)).max()  # what the first class is predicted for
+    assert lowest < 0.15 * height if together else lowest > 0.85 * height
+
+
 def test_confusion_stops_growing(tmp_path):
     figures.plot_confusion(tmp_path / "c.png", np.eye(300, dtype=np.int64), ["a rather long name"] * 300)
     height, width, _ = pixels(tmp_path / "c.png").shape

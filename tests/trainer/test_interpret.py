@@ -4,7 +4,7 @@ from operator import itemgetter
 import numpy as np
 import pytest
 
-from trainer.interpret import confusion_matrix, most_confused
+from trainer.interpret import by_likeness, confusion_matrix, most_confused
 
 CLASSES = ["cat", "dog", "fox", "owl"]
 
@@ -58,3 +58,42 @@ def test_most_confused_orders_ties_by_class_and_leaves_the_diagonal_out():
     assert most_confused(np.eye(3, dtype=int), ["c", "b", "a"], min_val=0)[0] == ("c", "b", 0)
     with pytest.raises(ValueError, match="does not fit"):
         most_confused(confusion_CC, ["c", "b"])
+
+
+def blocks(rng, sizes, noise=0):
+    """A confusion matrix of groups of classes that are taken for one another, shuffled; and each class's group."""
+    group_C = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    confusion_CC = np.where(group_C[:, None] == group_C, rng.integers(1, 9, (len(group_C),) * 2), 0)
+    confusion_CC += rng.random(confusion_CC.shape) < noise
+    np.fill_diagonal(confusion_CC, 40)
+    return confusion_CC, group_C
+
+
+@pytest.mark.parametrize("noise", [0, 0.01])
+def test_classes_that_are_confused_stand_together(noise):
+    for seed in range(5):
+        confusion_CC, group_C = blocks(np.random.default_rng(seed), [7, 12, 3, 25, 13], noise)
+        order_C = by_likeness(confusion_CC)
+        assert sorted(order_C.tolist()) == list(range(60))
+        borders = np.flatnonzero(np.diff(group_C[order_C]))
+        assert len(borders) == 4  # each group in one piece
+
+
+def test_the_two_most_alike_of_two_groups_meet():
+    confusion_CC = np.diag([20] * 6)
+    for a, b, count in ((0, 1, 9), (2, 3, 9), (1, 3, 4)):  # 0-1 and 2-3 are groups, whose ends 1 and 3 touch
+        confusion_CC[a, b] = count
+    assert by_likeness(confusion_CC).tolist() == [0, 1, 3, 2, 4, 5]
+
+
+def test_a_matrix_without_confusion_keeps_its_order():
+    assert by_likeness(np.diag([3, 0, 5, 1])).tolist() == [0, 1, 2, 3]
+    assert by_likeness(np.zeros((0, 0), int)).tolist() == []
+
+
+def test_the_nearest_pairs_join_first_however_rare_their_classes():
+    """Shares decide, not counts: a class of 4 images, half of them lost to another, is most alike to that one."""
+    confusion_CC = np.array([[100, 0, 20, 0], [0, 100, 0, 0], [0, 0, 100, 0], [0, 0, 2, 2]])
+    order = by_likeness(confusion_CC).tolist()
+    assert abs(order.index(3) - order.index(2)) == 1
+    assert order.index(1) == 3
