@@ -73,4 +73,4 @@ def by_likeness(confusion_CC: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
         between_CC[[a, b], [a, b]] = 0
         between_CC[b] = between_CC[:, b] = 0
         sizes_C[a] += sizes_C[b]
-    return np.array([index for _, group in sorted(groups.items()) for index in group], np.int64)
+    return np.array([index for group in groups.values() for index in group], np.int64)

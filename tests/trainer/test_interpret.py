@@ -91,9 +91,19 @@ def test_a_matrix_without_confusion_keeps_its_order():
     assert by_likeness(np.zeros((0, 0), int)).tolist() == []
 
 
-def test_the_nearest_pairs_join_first_however_rare_their_classes():
-    """Shares decide, not counts: a class of 4 images, half of them lost to another, is most alike to that one."""
-    confusion_CC = np.array([[100, 0, 20, 0], [0, 100, 0, 0], [0, 0, 100, 0], [0, 0, 2, 2]])
+def test_shares_decide_and_not_counts():
+    # Class 2 has 4 images, half of them lost to class 0, which is more than the 20 of 100 of class 1: it joins first.
+    assert by_likeness(np.array([[100, 0, 0], [20, 80, 0], [2, 0, 2]])).tolist() == [2, 0, 1]
+
+
+def test_a_large_group_draws_no_class_from_its_twin():
+    confusion_CC = np.zeros((10, 10), int)
+    for group in ((0, 1, 2), (3, 4, 5)):
+        confusion_CC[np.ix_(group, group)] = 200
+    for twins in ((6, 7), (8, 9)):  # each one is a little like all of a group, in sum more than like its twin
+        confusion_CC[twins] = 250
+        confusion_CC[twins[0], :3] = confusion_CC[twins[1], 3:6] = 100
+    np.fill_diagonal(confusion_CC, 0)
+    np.fill_diagonal(confusion_CC, 1000 - confusion_CC.sum(axis=1))
     order = by_likeness(confusion_CC).tolist()
-    assert abs(order.index(3) - order.index(2)) == 1
-    assert order.index(1) == 3
+    assert abs(order.index(6) - order.index(7)) == abs(order.index(8) - order.index(9)) == 1

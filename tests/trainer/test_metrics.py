@@ -24,7 +24,8 @@ def drawn():
     labels_N = torch.randint(0, 9, (700,), generator=generator)  # of 12: three classes have no image
     logits_NC = torch.randn(700, 12, generator=generator)
     logits_NC[torch.arange(700), labels_N] += 1.5
-    logits_NC[:, 11] = -9  # is never said
+    logits_NC[:350] *= 4  # too sure of itself; the others are too modest
+    logits_NC[:, 11] = -20  # is never said
     return logits_NC, labels_N
 
 
@@ -32,7 +33,7 @@ def test_a_set_of_six_by_hand():
     metrics = summarise(
         np.array([0, 0, 0, 1, 1, 2]),
         np.array([0, 0, 1, 1, 0, 1]),
-        np.array([0.95, 0.85, 0.55, 0.65, 0.95, 1.0]),
+        np.array([0.95, 0.85, 0.89, 0.65, 0.95, 1.0]),
         np.array([0, 0, 5, 0, 4, 7]),
         ["a", "b", "c", "d"],
     )
@@ -44,8 +45,8 @@ def test_a_set_of_six_by_hand():
     assert (c.name, c.images, c.predicted, c.right, c.precision, c.recall) == ("c", 1, 0, 0, 0.0, 0.0)
     assert (d.name, d.images, d.predicted, d.right, d.precision, d.recall) == ("d", 0, 0, 0, 0.0, 0.0)
     assert metrics.macro_f1 == pytest.approx((2 / 3 + 2 / 5 + 0) / 3)  # d has no part
-    # Bins of a fifteenth: {0.95, 0.95, 1.0}, two alone right or wrong, {0.85}, {0.55}, {0.65}.
-    expected = (abs(0.85 - 1) + abs(0.55 - 0) + abs(0.65 - 1) + 2 * abs(0.95 - 0.5) + abs(1.0 - 0)) / 6
+    # Of the fifteenths the last holds 0.95, 0.95 and 1.0, one of them right; the others stand alone.
+    expected = (abs(0.85 - 1) + abs(0.89 - 0) + abs(0.65 - 1) + abs(2.9 - 1)) / 6
     assert metrics.calibration_error == pytest.approx(expected)
 
 
