@@ -34,7 +34,11 @@ def save(folder: Path, learner: Learner, position: Position, keep: int = 2) -> P
     partial.mkdir(parents=True)
     safetensors.torch.save_file(tensors(learner.model), partial / "model.safetensors")
     torch.save(
-        {"optimizer": learner.optimizer.state_dict(), "scaler": learner.scaler.state_dict()},
+        {
+            "optimizer": learner.optimizer.state_dict(),
+            "scaler": learner.scaler.state_dict(),
+            "ema": learner.ema and learner.ema.state_dict(),
+        },
         partial / "optimizer.pt",
     )
     (partial / "position.json").write_text(json.dumps(asdict(position)))
@@ -59,6 +63,8 @@ def load(folder: Path, learner: Learner) -> Position | None:
     state = torch.load(newest / "optimizer.pt", map_location=device, weights_only=True)
     learner.optimizer.load_state_dict(state["optimizer"])
     learner.scaler.load_state_dict(state["scaler"])
+    if learner.ema is not None:
+        learner.ema.load_state_dict(state["ema"])
     return Position(**json.loads((newest / "position.json").read_text()))
 
 

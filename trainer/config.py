@@ -87,6 +87,20 @@ class TrainConfig:
     layer_decay: float | None = None
     """Rate of each stage of the body over that of the next, for fine-tuning; 0.65 to 0.8 are usual. Default: three
     layer groups, the last at 100 times the rate of the first."""
+    loss: Literal["cross-entropy", "focal", "one-vs-rest"] = "cross-entropy"
+    """`focal` makes easy images count for little; `one-vs-rest` judges each class by itself: all may decline."""
+    label_smoothing: float = 0.0
+    """Share of each target that is spread over all classes."""
+    focal_gamma: float = 2.0
+    """How little, for `focal`; 0 is cross-entropy."""
+    class_weights: Literal["none", "inverse", "effective"] = "none"
+    """Weigh rare classes more: `inverse` to their number of images, or `effective`, which is milder."""
+    mixup: float = 0.0
+    """Mix pairs of images; alpha of the shares' Beta distribution, 0.1 to 0.4 are usual, 0 is off."""
+    cutmix: float = 0.0
+    """Put a box of one image into another; alpha, 1 is usual, 0 is off. With mixup, each batch draws one of the two."""
+    ema: float | None = None
+    """Judge and keep an average of the weights over updates; its decay, as 0.999. Default: the last weights."""
     weight_decay: float = 0.01
     """Decoupled weight decay; norms and biases have none."""
     seed: int = 0
@@ -147,6 +161,11 @@ class TrainConfig:
         check(
             self.layer_decay is None or 0 < self.layer_decay <= 1, "layer-decay", self.layer_decay, "above 0, at most 1"
         )
+        check(0 <= self.label_smoothing < 1, "label-smoothing", self.label_smoothing, "0 or more, below 1")
+        check(self.focal_gamma >= 0, "focal-gamma", self.focal_gamma, "0 or more")
+        check(self.mixup >= 0, "mixup", self.mixup, "0 or more")
+        check(self.cutmix >= 0, "cutmix", self.cutmix, "0 or more")
+        check(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "between 0 and 1, both excluded")
         check(self.weight_decay >= 0, "weight-decay", self.weight_decay, "0 or more")
         check(self.workers is None or self.workers >= 0, "workers", self.workers, "0 or more")
         check(self.threads is None or self.threads >= 1, "threads", self.threads, "1 or more")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 
 from pipelines.errors import UserError
 from pipelines.loader import Loader
 from trainer import optim
 from trainer.loop import Learner
+from trainer.metrics import Metrics, places, summarise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +26,11 @@ class Judgement:
     predicted_N: np.ndarray
     """Predicted classes."""
     losses_N: np.ndarray
-    """Cross-entropy, nats."""
+    """By the loss of training, without label smoothing and class weights; nats."""
     confidence_N: np.ndarray
     """Probability given to the predicted class."""
+    places_N: np.ndarray
+    """Classes more probable than the true one."""
 
     @property
     def error_rate(self) -> float:
@@ -36,6 +39,10 @@ class Judgement:
     @property
     def loss(self) -> float:
         return float(self.losses_N.mean())
+
+    def metrics(self, classes: Sequence[str]) -> Metrics:
+        """Everything that counts and shares tell."""
+        return summarise(self.labels_N, self.predicted_N, self.confidence_N, self.places_N, classes)
 
 
 def judge(learner: Learner, loader: Loader) -> Judgement:
@@ -48,40 +55,47 @@ def judge(learner: Learner, loader: Loader) -> Judgement:
     Raises:
         UserError: no image of the set can be read any more.
     """
-    optim.average_batch_statistics(learner.model, learner.ranks)
+    model = learner.judged
+    # Smoothing and class weights are for learning: without them losses of different trainings can be compared.
+    loss = replace(learner.loss, smoothing=0.0, weights_C=None)
+    optim.average_batch_statistics(model, learner.ranks)
     ids_V = torch.from_numpy(loader.samples.ids_N)  # ascending: a split keeps the manifest's order
-    table_V4 = torch.zeros(len(ids_V), 4, dtype=torch.float64)  # predicted, loss, confidence, times seen
-    learner.model.eval()
+    table_V5 = torch.zeros(len(ids_V), 5, dtype=torch.float64)  # predicted, loss, confidence, place, times seen
+    training = model.training
+    model.eval()
     with torch.inference_mode():
         for batch in loader.epoch(0):
             with learner.precision.autocast():
-                logits_NC = learner.model(batch.images_NCHW)
+                logits_NC = model(batch.images_NCHW)
             logits_NC = logits_NC.float()
-            confidence_N, predicted_N = logits_NC.softmax(dim=1).max(dim=1)
-            losses_N = cross_entropy(logits_NC, batch.labels_N, reduction="none")
+            probabilities_NC = loss.probabilities(logits_NC)
+            confidence_N, predicted_N = probabilities_NC.max(dim=1)
+            losses_N = loss.each(logits_NC, batch.labels_N)
+            places_N = places(probabilities_NC, batch.labels_N)
             rows_N = torch.searchsorted(ids_V, batch.ids_N)
             seen_N = torch.ones_like(losses_N)
-            columns = (predicted_N, losses_N, confidence_N, seen_N)
-            table_V4[rows_N] += torch.stack([column.double() for column in columns], dim=1).cpu()
-    learner.model.train()
-    table_V4 = learner.ranks.sum(table_V4.to(learner.ranks.device)).cpu()
+            columns = (predicted_N, losses_N, confidence_N, places_N, seen_N)
+            table_V5[rows_N] += torch.stack([column.double() for column in columns], dim=1).cpu()
+    model.train(training)
+    table_V5 = learner.ranks.sum(table_V5.to(learner.ranks.device)).cpu()
     expected_V = torch.ones(len(ids_V))
     for spoiled in learner.ranks.gather(list(loader.spoiled)):
         expected_V[torch.searchsorted(ids_V, spoiled.id)] = 0
-    wrong = (table_V4[:, 3] != expected_V).nonzero().flatten()
+    wrong = (table_V5[:, 4] != expected_V).nonzero().flatten()
     if len(wrong):
-        raise RuntimeError(f"validation sample {ids_V[wrong[0]]} was counted {table_V4[wrong[0], 3]:.0f} times")
+        raise RuntimeError(f"validation sample {ids_V[wrong[0]]} was counted {table_V5[wrong[0], 4]:.0f} times")
     positions_N = expected_V.nonzero().flatten().numpy()
     if not len(positions_N):
         raise UserError(
             f"None of the {len(ids_V)} validation images under {str(loader.samples.root)!r} can be read any more; "
             f"{loader.samples.paths[0]!r} is one of them. Put the images back, then repeat the command."
         )
-    table_N4 = table_V4[positions_N].numpy()
+    table_N5 = table_V5[positions_N].numpy()
     return Judgement(
         positions_N=positions_N,
         labels_N=loader.samples.labels_N[positions_N],
-        predicted_N=table_N4[:, 0].astype(np.int64),
-        losses_N=table_N4[:, 1],
-        confidence_N=table_N4[:, 2],
+        predicted_N=table_N5[:, 0].astype(np.int64),
+        losses_N=table_N5[:, 1],
+        confidence_N=table_N5[:, 2],
+        places_N=table_N5[:, 3].astype(np.int64),
     )

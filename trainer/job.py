@@ -29,7 +29,7 @@ from pipelines.labels import Csv, Labels, Regex
 from pipelines.manifest import Manifest
 from pipelines.scanning import Examine, is_current, scan
 from pipelines.store import is_store
-from trainer import checkpoint, journal, models, precision, weights
+from trainer import checkpoint, journal, mixing, models, precision, weights
 from trainer.bar import counted
 from trainer.config import Goal, TrainConfig
 from trainer.progress import Progress
@@ -114,6 +114,8 @@ def _carry_out(config: TrainConfig, goal: Goal, console: Console) -> tuple[list[
     workers = default_workers() if config.workers is None else config.workers
     config = dataclasses.replace(config, workers=workers)
     check_workers(workers, config.batch)
+    if config.mixup or config.cutmix:
+        mixing.check(config.batch, max(1, workers))
     launch = launcher(workers)
     folder, manifest = prepare(config, console)
     if goal == "train" and any(event["event"] == "finished" for event in journal.read(folder.journal)):

@@ -9,13 +9,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.errors import UserError
 from pipelines.loader import Batch, Loader
+from pipelines.plan import rank_slice
 from trainer import optim
+from trainer.ema import Ema
 from trainer.journal import Journal
+from trainer.losses import CrossEntropy, Loss
+from trainer.mixing import Mixing, mix
 from trainer.models import Classifier, freeze_to
 from trainer.precision import Precision
 from trainer.ranks import Ranks
@@ -32,6 +35,11 @@ class Learner:
     optimizer: torch.optim.Optimizer
     precision: Precision
     ranks: Ranks
+    loss: Loss = field(default_factory=CrossEntropy)
+    mixing: Mixing = field(default_factory=Mixing)
+    classes: int = 0
+    """Of the logits; what mixing needs."""
+    ema: Ema | None = None
     scaler: torch.amp.GradScaler = field(init=False)
     network: nn.Module = field(init=False)
     """The model as it is called: behind DDP where there are several ranks."""
@@ -39,6 +47,11 @@ class Learner:
     def __post_init__(self) -> None:
         self.scaler = self.precision.scaler()
         self.network = self.model
+
+    @property
+    def judged(self) -> Classifier:
+        """The model to judge and to keep: the average of the weights, where there is one."""
+        return self.model if self.ema is None else self.ema.model
 
     def train(self, *, first_group: int, train_bn: bool = True) -> None:
         """Choose what learns: the layer groups from `first_group` on; see `models.freeze_to`.
@@ -76,9 +89,20 @@ def train_step(
     """
     optim.set_hyper(learner.optimizer, *hyper)
     torch.manual_seed(dropout_seed(*noise, learner.ranks.rank))
+    images_NCHW, targets = batch.images_NCHW, batch.labels_N
+    if learner.mixing:
+        images_NCHW, targets = mix(
+            images_NCHW,
+            targets,
+            classes=learner.classes,
+            mixing=learner.mixing,
+            places_N=rank_slice(np.arange(global_batch), learner.ranks.rank, learner.ranks.world_size),
+            global_batch=global_batch,
+            key=noise,
+        )
     with learner.precision.autocast():
-        logits_NC = learner.network(batch.images_NCHW)
-    loss_sum = cross_entropy(logits_NC.float(), batch.labels_N, reduction="sum")
+        logits_NC = learner.network(images_NCHW)
+    loss_sum = learner.loss.total(logits_NC.float(), targets)
     # DDP averages over ranks; ranks may hold unequal parts. Scaled so, the result is the mean over the global batch.
     loss = loss_sum * (learner.ranks.world_size / global_batch)
     learner.scaler.scale(loss).backward()
@@ -114,7 +138,10 @@ def train_epoch(
         hyper = phase.hyper(updates)
         scale = learner.scaler.get_scale()
         loss = train_step(learner, batch, global_batch=global_batch, hyper=hyper, noise=(seed, epoch, step))
-        updates += learner.scaler.get_scale() >= scale
+        stepped = learner.scaler.get_scale() >= scale
+        updates += stepped
+        if stepped and learner.ema is not None:
+            learner.ema.update(learner.model)
 
         unread.append((step, hyper[0], loss))
         if len(unread) < read_every and step + 1 < loader.steps:

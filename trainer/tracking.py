@@ -97,7 +97,8 @@ class Tracker:
                 rates = {f"lr/group_{index}": lr for index, lr in enumerate(event["lr"])}
                 self._log({"global_step": event["step"]} | values | rates)
             case "epoch":
-                keys = ("train_loss", "valid_loss", "error_rate", "images_per_second", "seconds")
+                keys = ("train_loss", "valid_loss", "error_rate", "top5_accuracy", "macro_f1", "calibration_error")
+                keys += ("images_per_second", "seconds")
                 values = {f"epoch/{key}": event.get(key) for key in keys}
                 self._log({"epoch": event["epoch"], "global_step": self._global_step} | values)
             case "finished":

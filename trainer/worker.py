@@ -25,14 +25,16 @@ from pipelines.cache import Cache
 from pipelines.errors import UserError
 from pipelines.geometry import Centre
 from pipelines.loader import Batch, Loader
-from pipelines.manifest import Manifest, Quarantined
+from pipelines.manifest import Manifest, Quarantined, Samples
 from pipelines.plan import RANGE_TEST_EPOCH, balanced
-from trainer import checkpoint, evaluate, figures, models, optim, precision, schedule
+from trainer import checkpoint, evaluate, figures, losses, models, optim, precision, schedule
 from trainer.config import Goal, TrainConfig
+from trainer.ema import Ema
 from trainer.interpret import confusion_matrix, most_confused
 from trainer.journal import Journal
 from trainer.loop import Learner, train_epoch
 from trainer.lr_range import range_test
+from trainer.mixing import Mixing
 from trainer.ranks import Ranks
 from trainer.run_folder import RunFolder
 
@@ -110,7 +112,16 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, closing: ExitStac
         patterns=config.layer_groups or None,
     )
     groups = len(optim.groups_of(optimizer))
-    learner = Learner(model=model, optimizer=optimizer, precision=numbers, ranks=ranks)
+    learner = Learner(
+        model=model,
+        optimizer=optimizer,
+        precision=numbers,
+        ranks=ranks,
+        loss=loss_of(config, train_samples, ranks.device),
+        mixing=Mixing(mixup=config.mixup, cutmix=config.cutmix),
+        classes=len(manifest.classes),
+        ema=None if config.ema is None else Ema(model, config.ema),
+    )
     resumed = checkpoint.load(folder.checkpoints, learner) if goal == "train" else None
     journal.write(
         "run",
@@ -189,10 +200,14 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, closing: ExitStac
                 learner, train, phase, epoch, updates=updates, seed=config.seed, journal=journal
             )
             judgement = evaluate.judge(learner, valid)
+            measured = judgement.metrics(manifest.classes)
             metrics = {
                 "train_loss": train_loss,
                 "valid_loss": judgement.loss,
                 "error_rate": judgement.error_rate,
+                "top5_accuracy": measured.top5_accuracy,
+                "macro_f1": measured.macro_f1,
+                "calibration_error": measured.calibration_error,
             }
             journal.write(
                 "epoch",
@@ -221,11 +236,12 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, closing: ExitStac
         confusion_CC = confusion_matrix(judgement.labels_N, judgement.predicted_N, manifest.classes)
         figures.plot_confusion(folder.figure("confusion"), confusion_CC, manifest.classes)
         show_top_losses(folder, valid, judgement, manifest.classes)
-        safetensors.torch.save_file(checkpoint.tensors(model), folder.model)
+        safetensors.torch.save_file(checkpoint.tensors(learner.judged), folder.model)
         journal.write(
             "finished",
             error_rate=judgement.error_rate,
             valid_loss=judgement.loss,
+            per_class=[asdict(row) for row in judgement.metrics(manifest.classes).per_class],
             most_confused=[list(row) for row in most_confused(confusion_CC, manifest.classes)[:5]],
             seconds=time.time() - started,
             run_folder=str(path),
@@ -245,6 +261,18 @@ def phases_of(config: TrainConfig, lr: float, groups: int, steps_per_epoch: int)
         "warmup-linear": schedule.fit_warmup_linear,
     }[config.schedule]
     return fit(lr=lr if config.layer_decay is None else schedule.layerwise(lr, groups, config.layer_decay), **common)
+
+
+def loss_of(config: TrainConfig, samples: Samples, device: torch.device) -> losses.Loss:
+    """The loss, with class weights from the whole training set."""
+    weights_C = None
+    if config.class_weights != "none":
+        weights = losses.class_weights(samples.labels_N, len(samples.classes), config.class_weights)
+        weights_C = torch.from_numpy(weights).float().to(device)
+    common = {"smoothing": config.label_smoothing, "weights_C": weights_C}
+    if config.loss == "focal":
+        return losses.Focal(gamma=config.focal_gamma, **common)
+    return {"cross-entropy": losses.CrossEntropy, "one-vs-rest": losses.OneVsRest}[config.loss](**common)
 
 
 def endless(loader: Loader) -> Iterator[Batch]:

@@ -145,6 +145,8 @@ def test_a_run_that_stopped_goes_on_to_the_same_weights_to_the_bit(prepared, cop
         "freeze_epochs": 2,
         "lr": 1e-3,
         "size": 32,
+        "mixup": 0.2,
+        "ema": 0.9,
     }
     undisturbed = prepared("undisturbed", **settings)
     for stop_after in (1, 2, 3):
@@ -221,6 +223,9 @@ def test_a_loss_that_is_no_number_stops_the_run_in_words(prepared):
         ({"layer_groups": ["body.*"]}, "--layer-groups"),
         ({"schedule": "one-cycle", "epochs": 0}, "--epochs is 0; it must be more than 0 with --schedule one-cycle"),
         ({"subset": 0}, "--subset is 0"),
+        ({"label_smoothing": 1}, "--label-smoothing is 1"),
+        ({"ema": 1}, "--ema is 1"),
+        ({"mixup": 0.2, "batch": 7, "workers": 2}, "a pair that MixUp or CutMix would"),
         ({"batch": 50, "subset": 0.5}, "--batch 50 is larger than the 26 training images of --subset 0.5"),
         ({"repeats": 3}, "--repeats is 3; it must be a divisor of the batch, 8"),
         ({"cache_keep": True}, "--cache-keep is True; it must be left out where --cache is off"),

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 
 from pipelines.manifest import Manifest
 from tests.ranks import on_ranks
@@ -87,3 +89,29 @@ def test_files_that_go_bad_after_the_scan_are_told_and_no_rank_waits(prepared, c
     for a, b in zip(epochs(alone), epochs(together), strict=True):
         assert a["error_rate"] == b["error_rate"]
         assert round(a["error_rate"] * 22, 6) % 1 == 0  # of the 22 that are left
+
+
+def test_losses_mixing_averages_and_metrics_are_those_of_one_rank(prepared, copies):
+    recipe = {
+        "loss": "focal",
+        "label_smoothing": 0.1,
+        "class_weights": "inverse",
+        "mixup": 0.4,
+        "cutmix": 1.0,
+        "ema": 0.99,
+    }
+    alone = prepared("alone", epochs=2, freeze_epochs=1, lr=2e-3, batch=8, seed=1, **recipe)
+    together = copies(alone, "together")
+    run(alone, "train", Ranks())
+    on_ranks(2, train, together)
+    assert np.abs(losses(together) / losses(alone) - 1).max() < 1e-4
+    for a, b in zip(epochs(alone), epochs(together), strict=True):
+        assert a["error_rate"] == b["error_rate"]
+        for name in ("valid_loss", "top5_accuracy", "macro_f1", "calibration_error"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4), name
+    one, two = (safetensors.torch.load_file(path / "model.safetensors") for path in (alone, together))
+    last = safetensors.torch.load_file(sorted((alone / "checkpoints").glob("epoch-*"))[-1] / "model.safetensors")
+    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+    assert any(
+        not torch.allclose(one[name], last[name], atol=1e-4) for name in one
+    )  # the average is kept, not the last
