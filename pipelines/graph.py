@@ -127,6 +127,10 @@ def _decode_on_gpu(encoded: Any, largest: tuple[int, int], hardware_share: float
     )
 
 
+def _shrink(images: Any, sizes: Any) -> Any:
+    return fn.resize(images, size=sizes, interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=True)
+
+
 @pipeline_def(enable_conditionals=True)
 def define(
     source: Iterator[GraphInput],
@@ -164,7 +168,7 @@ def define(
 
     shrunk = numbers["shrunk_N2"]
     if shrunk[0] > 0:  # per sample: most are read as they were decoded
-        images = fn.resize(images, size=shrunk, interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=True)
+        images = _shrink(images, shrunk)
     points = size if quality == "normal" else 2 * size
     images = fn.experimental.warp_perspective(
         images,
@@ -245,6 +249,62 @@ def build(
     )
     pipeline.build()
     return pipeline
+
+
+@pipeline_def
+def _rows_alone(read: bool) -> Any:
+    given = fn.external_source(name="given", dtype=_UINT8, ndim=1, no_copy=True)
+    rows = fn.external_source(name="rows", dtype=_INT32, ndim=1)
+    return _decode_rows(_read(given) if read else given, rows)
+
+
+@pipeline_def
+def _shrink_alone() -> Any:
+    images = fn.external_source(name="images", dtype=_UINT8, ndim=3, layout="HWC", no_copy=True)
+    return _shrink(images, fn.external_source(name="sizes", dtype=_FLOAT, ndim=1))
+
+
+class _Alone:
+    """A part of the graph on a CPU, on one thread, at once: for a caller that has threads of its own."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        pipeline.build()
+
+    def _run(self, **inputs: Any) -> list[np.ndarray]:
+        for name, values in inputs.items():
+            self._pipeline.feed_input(name, values)
+        outputs: Any = self._pipeline.run()
+        return [np.asarray(image) for image in outputs[0]]
+
+
+_AT_ONCE = {"num_threads": 1, "device_id": None, "prefetch_queue_depth": 1, "exec_async": False, "exec_pipelined": False}
+
+
+class RowsDecoder(_Alone):
+    """Decodes rows of at most `batch` images at a time, from files or from their bytes; see `GraphInput`."""
+
+    def __init__(self, kind: Literal["files", "encoded"], batch: int) -> None:
+        super().__init__(_rows_alone(kind == "files", batch_size=batch, **_AT_ONCE))
+
+    def run(self, given: list[np.ndarray], rows_N2: np.ndarray) -> list[np.ndarray]:
+        """The rows of each image, uint8 [rows, W, 3], valid until the next run.
+
+        Raises:
+            RuntimeError: DALI cannot decode one of them, and no other from now on.
+        """
+        return self._run(given=given, rows=rows_N2)
+
+
+class Shrinker(_Alone):
+    """Shrinks at most `batch` images at a time, antialiased."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__(_shrink_alone(batch_size=batch, **_AT_ONCE))
+
+    def run(self, images: list[np.ndarray], sizes_N2: np.ndarray) -> list[np.ndarray]:
+        """The images, uint8 HWC, at these heights and widths, valid until the next run."""
+        return self._run(images=images, sizes=sizes_N2)
 
 
 @pipeline_def

@@ -109,7 +109,7 @@ class _Cached:
         for i, (position, image) in enumerate(zip(positions_N.tolist(), images, strict=True)):
             id = int(self._samples.ids_N[position])
             if image is graph.NOT_STORED and self._cache.wants(id):
-                self._cache.put(id, whole.at(i))
+                self._cache.put(id, np.asarray(whole[i]))
 
     def explain(self, error: RuntimeError) -> None: ...
 

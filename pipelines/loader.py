@@ -17,6 +17,7 @@ from pipelines.geometry import UNIFORMS, Augment, Centre, Draws, compose, draw, 
 from pipelines.images import images_of
 from pipelines.manifest import Samples
 from pipelines.plan import Plan, rank_slice, uniforms
+from pipelines.reader import Reader
 from pipelines.standin import Spoiled, Watch
 from pipelines.window import below, rows
 
@@ -133,12 +134,17 @@ class Loader:
             "quality": quality,
         }
         self._statistics = {"mean": mean, "std": std}
-        self._graph_options: dict[str, Any] = self._options | {
+        self._reader_options: dict[str, Any] = {
+            "size": size,
             "batch": -(-global_batch // world_size),
+            "threads": threads,
             "kind": self._images.kind,
             "half": half,
-            "same_channels": len(set(mean)) == len(set(std)) == 1,
             "padding": augment.padding if isinstance(augment, Augment) else "reflect",
+            "quality": quality,
+        }
+        self._graph_options: dict[str, Any] = {
+            "device_id": device_id,
             "largest": (int(samples.heights_N.max(initial=0)), int(samples.widths_N.max(initial=0))),
         }
 
@@ -181,7 +187,7 @@ class Loader:
             fed = ahead.popleft()
             if whole:
                 self._images.keep(fed.positions_N, fed.images, whole[0])
-            images_NHWC = torch.from_dlpack(images.as_tensor())
+            images_NHWC = images if isinstance(images, torch.Tensor) else torch.from_dlpack(images.as_tensor())
             labels_N, ids_N = self.samples.labels_N[fed.positions_N], self.samples.ids_N[fed.positions_N]
             yield Batch(
                 step=fed.step,
@@ -190,11 +196,14 @@ class Loader:
                 ids_N=torch.from_numpy(ids_N),
             )
 
-    def _start(self, epoch: int, step: int) -> tuple[graph.Pipeline, deque[_Fed]]:
+    def _start(self, epoch: int, step: int) -> tuple[graph.Pipeline | Reader, deque[_Fed]]:
         """A pipeline that reads from `step` on, and what it has been given and not yet returned."""
         # It is cheap to build (tens of milliseconds), and one that is not reused has nothing to reset.
         ahead: deque[_Fed] = deque()
-        return graph.build(self._source(epoch, step, ahead), **self._graph_options), ahead
+        source = self._source(epoch, step, ahead)
+        if self._device.type == "cpu":
+            return Reader(source, **self._reader_options), ahead
+        return graph.build(source, device="gpu", **self._reader_options, **self._graph_options), ahead
 
     def _source(self, epoch: int, start_step: int, ahead: deque[_Fed]) -> Iterator[graph.GraphInput]:
         for step in range(start_step, self.steps):

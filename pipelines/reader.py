@@ -1,0 +1,158 @@
+"""The batches of a CPU: threads that each decode a few images and warp them at once, while they lie in its cache."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from pipelines import graph
+from pipelines.geometry import Padding
+from pipelines.kernel import warp
+
+_CHUNK = 8  # images: few enough that their pixels stay in the cache, enough for DALI's cost of a run not to count
+_AHEAD = 3  # batches at work, the next one included
+
+
+class _Chunk(NamedTuple):
+    """Some images of a batch, and where they go."""
+
+    given: graph.GraphInput
+    part: slice
+    out_NSS3: np.ndarray
+
+
+class _Batch(NamedTuple):
+    chunks: list[Future[list[np.ndarray | None]]]
+    images_NSS3: np.ndarray
+
+
+class Reader:
+    """Float NHWC batches of `size` pixels, in the order of `source`, which is read up to two batches ahead.
+
+    What comes out depends on what goes in alone, and not on which thread takes which images.
+
+    Args:
+        source: yields one `GraphInput` a batch.
+        size: of the output, pixels.
+        batch: most samples in a batch.
+        threads: decode and warp.
+        kind: where the images are.
+        half: float16 output instead of float32; slow.
+        padding: what the warp reads outside an image.
+        quality: "high" takes matrices from an output of twice the size, and four times as long to warp.
+    """
+
+    def __init__(
+        self,
+        source: Iterator[graph.GraphInput],
+        *,
+        size: int,
+        batch: int,
+        threads: int,
+        kind: graph.Kind = "files",
+        half: bool = False,
+        padding: Padding = "reflect",
+        quality: graph.Quality = "normal",
+    ) -> None:
+        self._source, self._half = source, half
+        self._buffers = _Buffers((batch, size, size, 3))
+        self._work = _Work(kind, padding, 1 if quality == "normal" else 2)
+        self._batches: deque[_Batch] = deque()
+        self._pool = ThreadPoolExecutor(threads, "read")
+        # Whoever drops a reader halfway wants no more of it: what is queued is never begun.
+        weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
+
+    def run(self, _stream: None = None) -> tuple[torch.Tensor, list[np.ndarray | None]]:
+        """The next batch [N, size, size, 3]; and of a mixed one, the whole image of each that was `NOT_STORED`.
+
+        Raises:
+            RuntimeError: an image of it cannot be decoded.
+            StopIteration: there is none.
+        """
+        while len(self._batches) < _AHEAD and (given := next(self._source, None)) is not None:
+            self._batches.append(self._begin(given))
+        if not self._batches:
+            raise StopIteration
+        chunks, images_NSS3 = self._batches.popleft()
+        whole = [image for chunk in chunks for image in chunk.result()]
+        images = torch.from_numpy(images_NSS3)
+        return images.half() if self._half else images, whole
+
+    def _begin(self, given: graph.GraphInput) -> _Batch:
+        n = len(given.images)
+        out_NSS3 = self._buffers.take(n)
+        parts = [slice(start, min(start + _CHUNK, n)) for start in range(0, n, _CHUNK)]
+        return _Batch([self._pool.submit(self._work.do, _Chunk(given, part, out_NSS3)) for part in parts], out_NSS3)
+
+
+class _Work(threading.local):
+    """What a thread does, with DALI pipelines of its own."""
+
+    def __init__(self, kind: graph.Kind, padding: Padding, points: int) -> None:
+        self._kind, self._padding, self._points = kind, padding, points
+
+    @cached_property
+    def _decoder(self) -> graph.RowsDecoder:
+        return graph.RowsDecoder("encoded" if self._kind == "encoded" else "files", _CHUNK)
+
+    @cached_property
+    def _shrinker(self) -> graph.Shrinker:
+        return graph.Shrinker(_CHUNK)
+
+    def do(self, chunk: _Chunk) -> list[np.ndarray | None]:
+        """Write the images of a chunk; the whole image of each that a mixed batch had not stored."""
+        given, part, out_NSS3 = chunk
+        rows_N2, shrunk_N2 = given.rows_N2[part], given.shrunk_N2[part]
+        images, whole = given.images[part], [None] * len(rows_N2)
+        if self._kind == "mixed":
+            images, whole = self._decode_missing(images, given.paths[part], rows_N2)
+        elif self._kind != "decoded":
+            images = self._decoder.run(images, rows_N2)
+        large = np.flatnonzero(shrunk_N2[:, 0])
+        if len(large):
+            small = self._shrinker.run([images[i] for i in large], shrunk_N2[large])
+            images = list(images)
+            for i, image in zip(large, small, strict=True):
+                images[i] = image
+        numbers = zip(given.matrix_N33[part], given.shift_N3[part], given.scale_N3[part], out_NSS3[part], strict=True)
+        for image, (matrix_33, shift_3, scale_3, out_SS3) in zip(images, numbers, strict=True):
+            warp(image, matrix_33, shift_3, scale_3, out_SS3, padding=self._padding, points=self._points)
+        return whole
+
+    def _decode_missing(
+        self, stored: list[np.ndarray], paths: list[np.ndarray], rows_N2: np.ndarray
+    ) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
+        """The rows of all images, and the whole image of each that was not stored."""
+        missing = [i for i, image in enumerate(stored) if image is graph.NOT_STORED]
+        images, whole = list(stored), [None] * len(stored)
+        if missing:
+            everything_N2 = np.tile(np.array([0, np.iinfo(np.int32).max], np.int32), (len(missing), 1))
+            for i, image in zip(missing, self._decoder.run([paths[i] for i in missing], everything_N2), strict=True):
+                whole[i] = image.copy()  # DALI decodes the next ones into the same memory
+                images[i] = whole[i][rows_N2[i, 0] : rows_N2[i, 1]]
+        return images, whole
+
+
+class _Buffers:
+    """Memory for batches, which is used again when nobody holds the batch any more.
+
+    New memory costs a page fault each 4 KiB, which together take as long as half the warp.
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._shape = shape
+        self._free: deque[np.ndarray] = deque(maxlen=_AHEAD + 1)
+
+    def take(self, n: int) -> np.ndarray:
+        buffer = self._free.pop() if self._free else np.empty(self._shape, np.float32)
+        batch = buffer[:n]
+        weakref.finalize(batch, self._free.append, buffer).atexit = False  # a tensor made from it holds it
+        return batch
