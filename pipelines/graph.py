@@ -1,4 +1,8 @@
-"""The DALI graph: image, decode, one warp, light and normalise. It holds no random state and no cursor."""
+"""The DALI graph: image, decode, one warp, light and normalise. It holds no random state and no cursor.
+
+On a GPU it is the whole way of a batch. On a CPU the `reader` takes two parts of it, `RowsDecoder` and `Shrinker`, and
+warps by itself; the whole graph runs there too, for tests of it and of the reader against it.
+"""
 
 from __future__ import annotations
 
@@ -139,7 +143,6 @@ def define(
     size: int,
     device: Device,
     half: bool,
-    same_channels: bool,
     padding: Padding,
     quality: Quality,
     largest: tuple[int, int],
@@ -183,18 +186,10 @@ def define(
     if quality == "high":
         images = fn.reductions.mean(fn.reshape(images, shape=[size, 2, size, 2, 3], layout=""), axes=[1, 3])
         images = fn.reshape(images, layout="HWC")
-    images = _normalise(images, shift, scale, device, half, same_channels)
-    return images if whole is None else (images, whole)
-
-
-def _normalise(images: Any, shift: Any, scale: Any, device: Device, half: bool, same_channels: bool) -> Any:
-    """Light and normalise are one multiply-add: (x - shift) / scale, per sample and channel."""
+    # Light and normalise are one multiply-add, per sample and channel.
     dtype = types.DALIDataType.FLOAT16 if half else _FLOAT
-    if same_channels and device == "cpu":  # the same sum, in a sixth of the time
-        return fn.brightness_contrast(
-            images, contrast_center=0.0, contrast=1.0 / scale[0], brightness_shift=-shift[0] / scale[0], dtype=dtype
-        )
-    return fn.crop_mirror_normalize(images, mean=shift, std=scale, dtype=dtype, output_layout="HWC")
+    images = fn.crop_mirror_normalize(images, mean=shift, std=scale, dtype=dtype, output_layout="HWC")
+    return images if whole is None else (images, whole)
 
 
 def build(
@@ -207,7 +202,6 @@ def build(
     threads: int,
     kind: Kind = "files",
     half: bool = False,
-    same_channels: bool = False,
     padding: Padding = "reflect",
     quality: Quality = "normal",
     largest: tuple[int, int] = (0, 0),
@@ -224,8 +218,7 @@ def build(
         device_id: index of the GPU; `None` on the CPU, where no driver is needed.
         threads: CPU threads for reading and decoding.
         kind: where the images are.
-        half: float16 output instead of float32; slow on a CPU.
-        same_channels: shift and scale are the same for the three channels of every sample; quicker on a CPU.
+        half: float16 output instead of float32.
         padding: what the warp reads outside an image.
         quality: "high" takes matrices from an output of twice the size, and four times as long to warp.
         largest: height and width of the largest image, for the GPU's decoder; 0, 0: unknown.
@@ -237,7 +230,6 @@ def build(
         size=size,
         device=device,
         half=half,
-        same_channels=same_channels,
         padding=padding,
         quality=quality,
         largest=largest,
@@ -278,7 +270,13 @@ class _Alone:
         return [np.asarray(image) for image in outputs[0]]
 
 
-_AT_ONCE = {"num_threads": 1, "device_id": None, "prefetch_queue_depth": 1, "exec_async": False, "exec_pipelined": False}
+_AT_ONCE = {
+    "num_threads": 1,
+    "device_id": None,
+    "prefetch_queue_depth": 1,
+    "exec_async": False,
+    "exec_pipelined": False,
+}
 
 
 class RowsDecoder(_Alone):

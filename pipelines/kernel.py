@@ -1,12 +1,13 @@
-"""The warp of a CPU: bilinear interpolation through a homography, light and normalisation in one pass, compiled by Numba.
+"""The warp of a CPU: bilinear interpolation, light and normalisation in one pass, compiled by Numba on first use.
 
-It takes a third of the time of DALI's operator and of OpenCV's, as it fetches ahead what it will read, and it does not
-round to whole levels. The innermost step is written in LLVM's vector instructions, which exist for every processor:
+It takes a third of the time of DALI's operator and of OpenCV's, because it fetches ahead what it will read, and rounds
+to whole levels nowhere. The innermost step is written in LLVM's vector instructions, which exist for every processor:
 left to itself, LLVM does not see that the six bytes of two neighbouring pixels are one vector.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -44,16 +45,20 @@ def warp(
     """
     if min(image_HW3.shape[:2]) < 2:  # no file that has been scanned: two pixels are read together
         image_HW3 = np.ascontiguousarray(np.pad(image_HW3, ((0, 1), (0, 1), (0, 0)), "edge"))
+    image_HW3 = image_HW3.view()
+    image_HW3.flags.writeable = False  # a type of its own to Numba: only one is compiled
     gain_3, offset_3 = (1.0 / scale_3).astype(np.float32), (-shift_3 / scale_3).astype(np.float32)
     matrix_33 = np.ascontiguousarray(source_from_output_33, np.float64)
     _warp(image_HW3, matrix_33, gain_3, offset_3, _PADDINGS.index(padding), points, out_SS3)
 
 
 @intrinsic
-def _blend(_context: Any, pixel: Any, stride: Any, x: Any, y: Any, inside: Any, gain: Any, offset: Any, out: Any) -> Any:
-    """Write the pixel between the four at address `pixel`: x, y of the way to the next column and row, `stride` bytes on.
+def _blend(
+    _context: Any, pixel: Any, stride: Any, x: Any, y: Any, inside: Any, gain: Any, offset: Any, out: Any
+) -> Any:
+    """Write the blend of the pixel at address `pixel`, its right neighbour, and the two below, `stride` bytes on.
 
-    `gain` and `offset` are tuples of three floats.
+    `x` and `y`, 0 to 1, say how far it lies from the first; `gain` and `offset` are tuples of three floats.
     """
 
     def generate(_context: Any, b: ir.IRBuilder, _signature: Any, values: Any) -> Any:
@@ -110,14 +115,22 @@ def _fetch(_context: Any, address: Any) -> Any:
     return types.void(types.int64), generate
 
 
-# Not all of "fastmath": positions that are not finite must compare as such, or they would be read outside the image.
-_compiled = njit(
-    nogil=True, cache=True, error_model="numpy", fastmath={"contract", "arcp", "nsz", "reassoc"}, boundscheck=False
-)
+def _compiled(function: Callable[..., Any]) -> Any:
+    """Machine code, kept for the next process beside this file or in the user's cache folder (or $NUMBA_CACHE_DIR)."""
+    options: dict[str, Any] = {
+        "nogil": True,
+        "error_model": "numpy",
+        # Not all of "fastmath": what is not a number must compare as such, or it would be read outside the image.
+        "fastmath": {"contract", "arcp", "nsz", "reassoc"},
+    }
+    try:
+        return njit(**options, cache=True)(function)
+    except RuntimeError:  # neither folder can be written to
+        return njit(**options)(function)
 
 
 @_compiled
-def _inwards(position, last, padding):  # noqa: ANN001, ANN202
+def _inwards(position, last, padding):
     """Where between the first and the last pixel centre, 0 and `last`, a position is read; and with what weight.
 
     An image continued by its mirror image is symmetric about the centres of its outermost pixels, and so is what is
@@ -138,7 +151,7 @@ def _inwards(position, last, padding):  # noqa: ANN001, ANN202
 
 
 @_compiled
-def _row(image, matrix, row, gain, offset, padding, starts, weights, out):  # noqa: ANN001, ANN202
+def _row(image, matrix, row, gain, offset, padding, starts, weights, out):
     """One row of the output, to the address `out`; `starts` and `weights` are memory to work in, a column for a pixel.
 
     Float32 is right to a 500th of a pixel where an image is 10,000 pixels long.
@@ -166,12 +179,12 @@ def _row(image, matrix, row, gain, offset, padding, starts, weights, out):  # no
     pixels = image.ctypes.data
     for j in range(len(starts)):
         pixel = pixels + starts[j]
-        _fetch(pixel + _ROWS_AHEAD * stride)
+        _fetch(pixel + _ROWS_AHEAD * stride)  # ty: ignore[missing-argument]
         _blend(pixel, stride, weights[0, j], weights[1, j], weights[2, j], gain, offset, out + 12 * j)
 
 
 @_compiled
-def _warp(image, matrix, gain_3, offset_3, padding, points, out):  # noqa: ANN001, ANN202
+def _warp(image, matrix, gain_3, offset_3, padding, points, out):
     size = len(out)
     gain, offset = (gain_3[0], gain_3[1], gain_3[2]), (offset_3[0], offset_3[1], offset_3[2])
     starts, weights = np.empty(points * size, np.int32), np.empty((3, points * size), np.float32)

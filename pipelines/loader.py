@@ -174,7 +174,7 @@ class Loader:
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         while True:
             try:
-                images, *whole = pipeline.run(stream)
+                images, *whole = pipeline.run() if isinstance(pipeline, Reader) else pipeline.run(stream)
             except StopIteration:
                 return
             except RuntimeError as error:

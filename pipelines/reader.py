@@ -70,7 +70,7 @@ class Reader:
         # Whoever drops a reader halfway wants no more of it: what is queued is never begun.
         weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
 
-    def run(self, _stream: None = None) -> tuple[torch.Tensor, list[np.ndarray | None]]:
+    def run(self) -> tuple[torch.Tensor, list[np.ndarray | None]]:
         """The next batch [N, size, size, 3]; and of a mixed one, the whole image of each that was `NOT_STORED`.
 
         Raises:
@@ -112,7 +112,7 @@ class _Work(threading.local):
         given, part, out_NSS3 = chunk
         rows_N2, shrunk_N2 = given.rows_N2[part], given.shrunk_N2[part]
         images, whole = given.images[part], [None] * len(rows_N2)
-        if self._kind == "mixed":
+        if given.paths is not None:
             images, whole = self._decode_missing(images, given.paths[part], rows_N2)
         elif self._kind != "decoded":
             images = self._decoder.run(images, rows_N2)
@@ -136,8 +136,8 @@ class _Work(threading.local):
         if missing:
             everything_N2 = np.tile(np.array([0, np.iinfo(np.int32).max], np.int32), (len(missing), 1))
             for i, image in zip(missing, self._decoder.run([paths[i] for i in missing], everything_N2), strict=True):
-                whole[i] = image.copy()  # DALI decodes the next ones into the same memory
-                images[i] = whole[i][rows_N2[i, 0] : rows_N2[i, 1]]
+                whole[i] = image = image.copy()  # DALI decodes the next ones into the same memory
+                images[i] = image[rows_N2[i, 0] : rows_N2[i, 1]]
         return images, whole
 
 

@@ -20,7 +20,6 @@ PLAIN = {
     "size": 64,
     "device": "cpu",
     "half": False,
-    "same_channels": False,
     "padding": "reflect",
     "quality": "normal",
     "largest": (0, 0),
@@ -51,7 +50,7 @@ def one(found, fragment):
 @pytest.mark.parametrize("kind", ["files", "encoded"])
 @pytest.mark.parametrize("half", [False, True])
 def test_everything_after_the_gpu_decoder_stays_on_the_gpu(kind, half):
-    found = operators(device="gpu", kind=kind, half=half, largest=(3000, 4000), hardware_share=0.75, same_channels=True)
+    found = operators(device="gpu", kind=kind, half=half, largest=(3000, 4000), hardware_share=0.75)
     _, inputs, outputs, arguments = one(found, "decoders__Image")
     assert (inputs, outputs, arguments["device"]) == (["cpu"], ["gpu"], "mixed")
     assert arguments["jpeg_fancy_upsampling"] in ("True", "true", "1")
@@ -205,20 +204,17 @@ def test_high_quality_is_the_mean_of_two_by_two(photographs):
     (fine,) = run(batch, size=2 * SIZE)
     (high,) = run(batch, quality="high")
     assert np.abs(high - fine.reshape(-1, SIZE, 2, SIZE, 2, 3).mean(axis=(2, 4))).max() < 1e-4
-    (quick,) = run(batch, quality="high", same_channels=True)
-    assert np.abs(quick - high).max() < 1e-4
 
 
-def test_channels_that_share_shift_and_scale_are_normalised_alike(photographs):
+def test_light_and_normalisation_are_one_multiply_add(photographs):
     _, matrix_N33, rows_N2, _ = drawn(photographs, Augment())
     rng = np.random.default_rng(0)
-    shift_N3, scale_N3 = (np.repeat(rng.uniform(50, 200, (len(photographs), 1)), 3, axis=1) for _ in range(2))
+    shift_N3, scale_N3 = rng.uniform(50, 200, (2, len(photographs), 3))
     lit = {"shift_N3": shift_N3.astype(np.float32), "scale_N3": scale_N3.astype(np.float32)}
     (plain,) = run(given(photographs, matrix_N33, rows_N2))
     expected = (plain - shift_N3[:, None, None]) / scale_N3[:, None, None]
-    for same_channels in (False, True):
-        (images,) = run(given(photographs, matrix_N33, rows_N2, **lit), same_channels=same_channels)
-        assert np.abs(images - expected).max() < 1e-5
+    (images,) = run(given(photographs, matrix_N33, rows_N2, **lit))
+    assert np.abs(images - expected).max() < 1e-5
 
 
 def test_wherever_the_images_are_the_bits_are_the_same(photographs):

@@ -1,5 +1,8 @@
 """The compiled warp against NumPy in float64 and OpenCV."""
 
+import ctypes
+import mmap
+
 import cv2
 import numpy as np
 import pytest
@@ -88,16 +91,27 @@ def test_positions_in_long_images_are_right_to_a_hundredth_of_a_pixel(along):
         assert np.abs(warped(image, matrix_33, 200) - oracle(image, matrix_33, 200, "reflect")).max() < 0.1
 
 
-@pytest.mark.parametrize("padding", BORDERS)
-def test_nothing_outside_an_image_is_read(padding):
-    """The image lies between pages that may not be touched; maps with a horizon, infinities and no numbers at all."""
-    mmap, page = pytest.importorskip("mmap"), 4096
-    libc = pytest.importorskip("ctypes").CDLL(None, use_errno=True)
-
-
 def test_maps_that_leave_every_image_read_none_of_it():
     """Infinities and what is not a number: whatever comes out, the process lives."""
     image = noise(97, 131)
     for matrix_33 in (np.zeros((3, 3)), np.full((3, 3), np.nan), np.diag([1e30, 1e30, 1e-30]), np.diag([1, 1, 0.0])):
         for padding in BORDERS:
             warped(image, matrix_33, 64, padding)
+
+
+@pytest.mark.parametrize("end", [False, True])
+def test_not_a_byte_outside_an_image_is_read(end):
+    """Between two pages that nobody may touch, at the start or the end of its own, all of it is read."""
+    page = mmap.PAGESIZE
+    memory = np.frombuffer(mmap.mmap(-1, 3 * page), np.uint8)
+    protect = ctypes.CDLL(None).mprotect
+    for first in (0, 2 * page):
+        assert protect(ctypes.c_void_p(memory.ctypes.data + first), ctypes.c_size_t(page), 0) == 0
+    width = page // 3 // 10
+    start = 2 * page - 30 * width if end else page
+    image = memory[start : start + 30 * width].reshape(10, width, 3)
+    image[:] = noise(10, width)
+    for padding in BORDERS:
+        for matrix_33 in (np.diag([width / 64, 10 / 64, 1]), np.diag([width / 32, 10 / 32, 1])):
+            expected = oracle(image, matrix_33, 64, padding)
+            assert np.abs(warped(image, matrix_33, 64, padding) - expected).max() < 0.25
