@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,9 +25,10 @@ import tyro
 
 from benchmarks import peers
 from benchmarks.record import Figure, Options, Record, open_data
-from pipelines import Augment, Loader, Samples
+from pipelines import Augment, Loader, Samples, pack
 
 OURS = "onewarp Loader, full augmentation"
+STORED = "the same from a decoded store"
 SPEED, COST = "img/s", "core-ms/img"
 FASTER, CHEAPER = "ours ÷ this, by the clock", "ours ÷ this, by core time"
 _LONG = 100_000  # images in an epoch, the set repeated: no epoch ends within a round
@@ -62,6 +65,8 @@ class Way:
     name: str
     batches: Callable[..., Iterator[int]]
     """Called with samples and the keywords `size`, `batch` and `threads`; gives the number of images of each batch."""
+    stored: bool = False
+    """The samples are those of a decoded store, packed before the clock starts."""
     needs: tuple[str, ...] = ()
     """Distributions that are no dependencies of ours."""
 
@@ -74,7 +79,7 @@ _MODULES = {"opencv-python-headless": "cv2"}
 
 WAYS = (
     Way(name=OURS, batches=ours),
-    # The Loader on a decoded store stands here.
+    Way(name=STORED, batches=ours, stored=True),
     Way(name="DALI, decoding alone (the ceiling)", batches=peers.dali_decoding),
     Way(name="DALI as usual: resize 460, crop, warp_affine", batches=peers.dali_usual),
     Way(name="torchvision v2, repeated chain", batches=peers.torchvision_chain),
@@ -128,14 +133,24 @@ def measure(batches: Iterator[int], seconds: float, workers: int) -> tuple[float
 def main(options: LoaderOptions) -> Record:
     if options.quick:
         options = replace(options, seconds=0.2, rounds=2, batch=min(options.batch, 16))
-    samples = open_data(options).train
-    long = samples.subset(np.tile(np.arange(len(samples)), -(-_LONG // len(samples))))
+    manifest = open_data(options)
+    with tempfile.TemporaryDirectory(prefix="onewarp-") as scratch:
+        store = pack(manifest, Path(scratch) / "store", kind="decoded", threads=options.threads)
+        return compare(options, _long(manifest.train), _long(store.manifest.train))
+
+
+def _long(samples: Samples) -> Samples:
+    return samples.subset(np.tile(np.arange(len(samples)), -(-_LONG // len(samples))))
+
+
+def compare(options: LoaderOptions, samples: Samples, stored: Samples) -> Record:
+    """All ways on the same images, in files and in a store."""
     torch.set_num_threads(options.threads)  # of the main process, where fastai augments; a worker has one
 
     ways = [way for way in WAYS if not way.missing]
     skipped = {way.name: f"not installed: {', '.join(way.missing)}" for way in WAYS if way.missing}
     keywords = {"size": options.size, "batch": options.batch, "threads": options.threads}
-    running = {way.name: way.batches(long, **keywords) for way in ways}
+    running = {way.name: way.batches(stored if way.stored else samples, **keywords) for way in ways}
     for name in reversed(running):  # workers are forked before DALI has threads
         next(running[name])
     turns: dict[str, list[tuple[float, float]]] = {name: [] for name in running}
