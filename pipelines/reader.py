@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
+from queue import SimpleQueue
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from pipelines import graph
 from pipelines.geometry import Padding
 from pipelines.kernel import warp
 
-_CHUNK = 8  # images: few enough that their pixels stay in the cache, enough for DALI's cost of a run not to count
+_CHUNK = 16  # images: few enough that their pixels stay in the cache, enough that the cost of a run of DALI is small
 _AHEAD = 3  # batches at work, the next one included
 
 
@@ -64,7 +64,10 @@ class Reader:
     ) -> None:
         self._source, self._half = source, half
         self._buffers = _Buffers((batch, size, size, 3))
-        self._work = _Work(kind, padding, 1 if quality == "normal" else 2)
+        # Not in the threads themselves: a fork ends those, and would take DALI's pipelines down in the child.
+        self._idle: SimpleQueue[_Work] = SimpleQueue()
+        for _ in range(threads):
+            self._idle.put(_Work(kind, padding, 1 if quality == "normal" else 2))
         self._batches: deque[_Batch] = deque()
         self._pool = ThreadPoolExecutor(threads, "read")
         # Whoever drops a reader halfway wants no more of it: what is queued is never begun.
@@ -90,11 +93,19 @@ class Reader:
         n = len(given.images)
         out_NSS3 = self._buffers.take(n)
         parts = [slice(start, min(start + _CHUNK, n)) for start in range(0, n, _CHUNK)]
-        return _Batch([self._pool.submit(self._work.do, _Chunk(given, part, out_NSS3)) for part in parts], out_NSS3)
+        return _Batch([self._pool.submit(_work, self._idle, _Chunk(given, part, out_NSS3)) for part in parts], out_NSS3)
 
 
-class _Work(threading.local):
-    """What a thread does, with DALI pipelines of its own."""
+def _work(idle: SimpleQueue[_Work], chunk: _Chunk) -> list[np.ndarray | None]:
+    work = idle.get()
+    try:
+        return work.do(chunk)
+    finally:
+        idle.put(work)
+
+
+class _Work:
+    """What one thread at a time does, and the DALI pipelines for it."""
 
     def __init__(self, kind: graph.Kind, padding: Padding, points: int) -> None:
         self._kind, self._padding, self._points = kind, padding, points
