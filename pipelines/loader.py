@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +17,11 @@ from pipelines.geometry import UNIFORMS, Augment, Centre, Draws, compose, draw, 
 from pipelines.images import images_of
 from pipelines.manifest import Samples
 from pipelines.plan import Plan, rank_slice, uniforms
-from pipelines.reader import Reader
 from pipelines.standin import Spoiled, Watch
 from pipelines.window import below, rows
+
+if TYPE_CHECKING:
+    from pipelines.reader import Reader
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -202,6 +204,8 @@ class Loader:
         ahead: deque[_Fed] = deque()
         source = self._source(epoch, step, ahead)
         if self._device.type == "cpu":
+            from pipelines.reader import Reader  # compiling takes a second, and a GPU needs nothing of it
+
             return Reader(source, **self._reader_options), ahead
         return graph.build(source, device="gpu", **self._reader_options, **self._graph_options), ahead
 
