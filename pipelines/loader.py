@@ -173,10 +173,10 @@ class Loader:
         pipeline, ahead = self._start(epoch, start_step)
         # On a GPU a batch belongs to torch's stream: torch's kernels wait for DALI's without the host's help, and the
         # memory of a batch that Python drops is used again only behind the kernels already queued to read it.
-        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        streams = [torch.cuda.current_stream(self._device)] if self._device.type == "cuda" else []
         while True:
             try:
-                images, *whole = pipeline.run() if isinstance(pipeline, Reader) else pipeline.run(stream)
+                images, *whole = pipeline.run(*streams)
             except StopIteration:
                 return
             except RuntimeError as error:
