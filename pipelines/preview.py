@@ -34,6 +34,7 @@ from pipelines.loader import Loader
 from pipelines.manifest import Manifest, Samples
 from pipelines.plan import uniforms
 
+_DEFAULT = Augment()
 _DETAIL = 4  # a detail shows this part of the side
 
 
@@ -61,7 +62,7 @@ def _spelled(image: str, root: Path, known: Collection[str]) -> str:
 
 
 def batch_pictures(
-    samples: Samples, *, size: int, seed: int, count: int, augment: Augment
+    samples: Samples, *, size: int, seed: int, count: int, augment: Augment = _DEFAULT
 ) -> tuple[np.ndarray, list[str]]:
     """The first `count` images that training would show, uint8 [N, size, size, 3], with their classes."""
     loader = Loader(samples, size=size, global_batch=min(count, len(samples)), seed=seed, augment=augment)
@@ -70,7 +71,7 @@ def batch_pictures(
 
 
 def same_pictures(
-    samples: Samples, position: int, *, size: int, seed: int, count: int, augment: Augment
+    samples: Samples, position: int, *, size: int, seed: int, count: int, augment: Augment = _DEFAULT
 ) -> tuple[np.ndarray, list[str]]:
     """One image as the first `count` epochs of training show it, uint8 [count, size, size, 3], with titles."""
     loader = Loader(samples.subset([position]), size=size, global_batch=1, seed=seed, augment=augment)
@@ -95,11 +96,11 @@ class Comparison:
 
 
 def compare(
-    samples: Samples, position: int, *, size: int, seed: int, epoch: int = 0, augment: Augment | None = None
+    samples: Samples, position: int, *, size: int, seed: int, epoch: int = 0, augment: Augment = _DEFAULT
 ) -> Comparison:
     """The book's picture (fastai, chapter 5): presizing's promise, one interpolation against many; light left out."""
     one = samples.subset([position])
-    unlit = replace(augment or Augment(), max_lighting=0.0)
+    unlit = replace(augment, max_lighting=0.0)
     loader = Loader(one, size=size, global_batch=1, seed=seed, augment=unlit)
     once = loader.pictures(next(loader.epoch(epoch)))[0]
     draws = loader.draws(epoch, np.zeros(1, np.int64))
@@ -172,7 +173,7 @@ def summary(
     size: int,
     seed: int,
     batch: int,
-    augment: Augment,
+    augment: Augment = _DEFAULT,
 ) -> Iterator[str]:
     """One training image's way from the file to its place in a batch, a line at a time.
 

@@ -1,7 +1,9 @@
 """An epoch is the same to the bit from files, from stores and from a cache, on any number of ranks, from any step."""
 
 import hashlib
+import itertools
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -170,3 +172,19 @@ def test_among_hostile_files_every_good_one_is_read_once_an_epoch_and_every_bad_
             seen += [i for batch in loader.epoch(epoch) for i in batch.ids_N.tolist()]
             assert not loader.spoiled
         assert sorted(seen) == manifest.train.ids_N.tolist()
+
+
+def test_photographs_are_one_sequence_on_any_number_of_ranks_and_from_any_step(photos):
+    manifest = scan(photos)
+    few = replace(manifest, valid_N=~np.isin(np.arange(len(manifest.paths)), manifest.train.share(0.25).ids_N))
+    alone = digest(few)
+    assert [digest(few, world) for world in (2, 3, 4)] == [alone] * 3
+    steps = len(few.train) // BATCH
+    for start in np.random.default_rng(0).integers(1, steps, 5).tolist():
+        assert digest(few, 2, start=start) == digest(few, 3, start=start)
+    whole = hashlib.sha256()
+    for start in range(0, steps, 16):  # an epoch that is stopped every 16 steps and goes on
+        for batch in itertools.islice(loaders(few, 1, {})[0].epoch(2, start), 16):
+            for name in ("ids_N", "labels_N", "images_NCHW"):
+                whole.update(getattr(batch, name).contiguous().numpy().tobytes())
+    assert whole.hexdigest() == alone
