@@ -90,7 +90,9 @@ class Cache:
         folder = place / f"{ours}{digest[:16]}"
         try:
             place.mkdir(parents=True, exist_ok=True)
-            for other in place.glob(f"{ours}*"):
+            for doomed in place.glob(f".{ours}*"):  # whose removal was cut short
+                shutil.rmtree(doomed, ignore_errors=True)
+            for other in place.glob(ours + "[0-9a-f]" * 16):
                 if other != folder:
                     _sweep(other)
             while (lock := _join(folder, manifest, digest, limit, keep)) is None:
@@ -239,7 +241,10 @@ def _fits(folder: Path, digest: str, limit: int | None) -> bool:
         (meta.get("version"), meta.get("rows")) == (_VERSION, digest)
         and limit in (None, meta["limit"])
         and meta["boot"] in (None, _boot())
-        and all((folder / name).stat().st_size == length for name, length in meta["files"].items())
+        and all(
+            (folder / name).is_file() and (folder / name).stat().st_size == length
+            for name, length in meta["files"].items()
+        )
     )
 
 
@@ -303,4 +308,4 @@ def _remove(folder: Path) -> None:
     """Remove a cache that nobody else uses: renamed first, since someone may begin a new one under its name at once."""
     doomed = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
     os.rename(folder, doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)  # whoever opens another cache now may be at it as well

@@ -9,8 +9,8 @@ import numpy as np
 
 from pipelines import graph
 from pipelines.cache import Cache
-from pipelines.decode import Decoder
-from pipelines.errors import UserError, first_line
+from pipelines.decode import DecodeError, Decoder
+from pipelines.errors import UserError
 from pipelines.manifest import Samples
 from pipelines.standin import Watch
 from pipelines.store import Store
@@ -29,8 +29,8 @@ class Images(Protocol):
         """Take what a mixed graph has decoded: what `of` gave for a batch, and DALI's list of whole images."""
         ...
 
-    def explain(self, error: RuntimeError) -> None:
-        """Raise UserError where a failure of the decoder can only mean one thing."""
+    def explain(self, images: list[np.ndarray]) -> None:
+        """Raise UserError where the failure of a batch, for which `of` gave these, can only mean one thing."""
         ...
 
 
@@ -64,7 +64,7 @@ class _Files:
 
     def keep(self, positions_N: np.ndarray, images: list[np.ndarray], whole: Any) -> None: ...
 
-    def explain(self, error: RuntimeError) -> None: ...
+    def explain(self, images: list[np.ndarray]) -> None: ...
 
 
 class _Stored:
@@ -83,11 +83,15 @@ class _Stored:
 
     def keep(self, positions_N: np.ndarray, images: list[np.ndarray], whole: Any) -> None: ...
 
-    def explain(self, error: RuntimeError) -> None:
-        raise UserError(
-            f"The store {str(self._store.folder)!r} holds an image that cannot be read any more "
-            f"({first_line(error)}). Its files must have been damaged: pack the images again."
-        ) from error
+    def explain(self, images: list[np.ndarray]) -> None:
+        for image in images if self.kind == "encoded" else ():
+            try:
+                Decoder(1, 1).run([image.tobytes()])
+            except DecodeError:
+                raise UserError(
+                    f"The store {str(self._store.folder)!r} holds an image that cannot be decoded any more: its files "
+                    "have been damaged since it was written. Pack the images again, to another folder."
+                ) from None
 
 
 class _Cached:
@@ -109,9 +113,12 @@ class _Cached:
         for i, (position, image) in enumerate(zip(positions_N.tolist(), images, strict=True)):
             id = int(self._samples.ids_N[position])
             if image is graph.NOT_STORED and self._cache.wants(id):
-                self._cache.put(id, np.asarray(whole[i]))
+                pixels_HWC = np.asarray(whole[i])
+                # A file that has changed since it was looked at is found when it comes up again.
+                if pixels_HWC.shape[:2] == (self._samples.heights_N[position], self._samples.widths_N[position]):
+                    self._cache.put(id, pixels_HWC)
 
-    def explain(self, error: RuntimeError) -> None: ...
+    def explain(self, images: list[np.ndarray]) -> None: ...
 
 
 def _paths(watch: Watch, positions_N: np.ndarray) -> list[np.ndarray]:

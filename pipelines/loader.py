@@ -179,9 +179,9 @@ class Loader:
                 images, *whole = pipeline.run(*streams)
             except StopIteration:
                 return
-            except RuntimeError as error:
+            except RuntimeError:
                 # One image that cannot be decoded fails its batch and ends the pipeline: the same step, without it.
-                self._images.explain(error)
+                self._images.explain([image for fed in ahead for image in fed.images])
                 if not self._watch.blame([position for fed in ahead for position in fed.positions_N.tolist()]):
                     raise
                 pipeline, ahead = self._start(epoch, ahead[0].step)

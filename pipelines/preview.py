@@ -125,8 +125,9 @@ def repeat(image_HWC: np.ndarray, draws: Draws, size: int) -> tuple[np.ndarray, 
     Returns: uint8 [size, size, 3], and how many times its pixels were interpolated (a flip moves whole pixels).
     """
     height, width = image_HWC.shape[:2]
-    (side, _, x), (_, _, y), _ = placement(draws, np.array([height]), np.array([width]))[0]
-    box = (x - side, y - side, x + side, y + side)
+    (across, _, x), (_, down, y), _ = placement(draws, np.array([height]), np.array([width]))[0]
+    left, top = max(0.0, x - across), max(0.0, y - down)  # rounding may leave the image by less than nothing
+    box = (left, top, min(float(width), x + across), min(float(height), y + down))
     picture = np.asarray(Image.fromarray(image_HWC).resize((size, size), Image.Resampling.BILINEAR, box=box))
     interpolations = 1
     for name, matrix_N33 in stepwise(draws, size).items():

@@ -85,7 +85,14 @@ class Reader:
         if not self._batches:
             raise StopIteration
         chunks, images_NSS3 = self._batches.popleft()
-        whole = [image for chunk in chunks for image in chunk.result()]
+        try:
+            whole = [image for chunk in chunks for image in chunk.result()]
+        except BaseException:
+            # The error holds this frame, and the frame the error: without help both would live on for a while, and
+            # with them threads that go on decoding.
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._batches.clear()
+            raise
         images = torch.from_numpy(images_NSS3)
         return images.half() if self._half else images, whole
 
@@ -147,6 +154,8 @@ class _Work:
         if missing:
             everything_N2 = np.tile(np.array([0, np.iinfo(np.int32).max], np.int32), (len(missing), 1))
             for i, image in zip(missing, self._decoder.run([paths[i] for i in missing], everything_N2), strict=True):
+                if len(image) < rows_N2[i, 1]:
+                    raise RuntimeError(f"an image has {len(image)} rows and had {rows_N2[i, 1]} or more when scanned")
                 whole[i] = image = image.copy()  # DALI decodes the next ones into the same memory
                 images[i] = image[rows_N2[i, 0] : rows_N2[i, 1]]
         return images, whole

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipelines.errors import UserError
-from pipelines.firewall import Decoded, Refused, examine
+from pipelines.firewall import MAX_PIXELS, Decoded, Refused, examine
 from pipelines.manifest import Samples
 
 _BLOCK = 64  # candidates looked at together: where a whole folder has gone, one at a time would take hours
@@ -42,8 +42,10 @@ class Watch:
     def __init__(self, samples: Samples, threads: int) -> None:
         self._samples, self._threads = samples, threads
         self._root = os.fsencode(samples.root)
+        largest = samples.heights_N.astype(np.int64) * samples.widths_N
+        self._max_pixels = max(MAX_PIXELS, int(largest.max(initial=0)))  # what the scan let pass is not too large now
         self._spoiled: dict[int, Spoiled] = {}
-        self._touched: set[int] = set()  # changed on disk, and read in full since
+        self._touched: dict[int, tuple[int, int]] = {}  # changed on disk and read in full since: bytes, mtime_ns
 
     @property
     def spoiled(self) -> tuple[Spoiled, ...]:
@@ -87,23 +89,33 @@ class Watch:
         return len(self._spoiled) > known
 
     def _differs(self, position: int) -> bool:
-        if position in self._spoiled or position in self._touched:
+        if position in self._spoiled:
             return False
+        samples = self._samples
+        known = self._touched.get(position, (int(samples.bytes_N[position]), int(samples.mtimes_N[position])))
+        return self._state(position) != known
+
+    def _state(self, position: int) -> tuple[int, int] | None:
         try:
             status = os.stat(self.file(position))
         except OSError:
-            return True
-        samples = self._samples
-        return (status.st_size, status.st_mtime_ns) != (samples.bytes_N[position], samples.mtimes_N[position])
+            return None
+        return status.st_size, status.st_mtime_ns
 
     def _examine(self, positions: list[int]) -> None:
         if not positions:
             return
-        verdicts = examine([os.fsdecode(self.file(position)) for position in positions], threads=self._threads)
-        for position, verdict in zip(positions, verdicts, strict=True):
+        before = [self._state(position) for position in positions]
+        verdicts = examine(
+            [os.fsdecode(self.file(position)) for position in positions],
+            threads=self._threads,
+            max_pixels=self._max_pixels,
+        )
+        for position, verdict, state in zip(positions, verdicts, before, strict=True):
             reason = verdict.reason if isinstance(verdict, Refused) else self._other_size(position, verdict)
             if reason is None:
-                self._touched.add(position)
+                if state is not None:
+                    self._touched[position] = state
             else:
                 self._spoiled[position] = Spoiled(
                     id=int(self._samples.ids_N[position]), path=self._samples.paths[position], reason=reason

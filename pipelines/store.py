@@ -103,7 +103,7 @@ class Store:
 
 def is_store(folder: str | os.PathLike[str]) -> bool:
     """Whether a folder holds a store or what is left of one, which `Store.open` then refuses with the reason."""
-    return any(os.path.isfile(os.path.join(folder, name)) for name in (META, INDEX, shard_name(0)))
+    return any(os.path.isfile(os.path.join(folder, name)) for name in (META, shard_name(0)))
 
 
 def shard_name(number: int) -> str:
@@ -161,7 +161,10 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         version = meta["version"]
     except FileNotFoundError:
         if is_store(folder):
-            raise UserError(_damaged(folder, f"{META}, which is written last, is missing")) from None
+            raise UserError(
+                f"The store {str(folder)!r} cannot be used: {META}, which is written last, is missing. Copy it again, "
+                "whole, or pack the images to another folder."
+            ) from None
         raise UserError(
             f"{str(folder)!r} is no store: there is no {META} in it. Give a folder that onewarp pack wrote."
         ) from None

@@ -38,7 +38,8 @@ class TrainConfig:
     sampling: Literal["each", "balanced"] = "each"
     """`each`: an epoch sees each image once. `balanced`: each class equally often, in as many images."""
     repeats: int = 1
-    """Repeated augmentation: how often a batch holds each of its images, augmented anew; divides --batch."""
+    """Repeated augmentation: how often a batch holds each of its images, augmented anew. An epoch then sees as many
+    times fewer images. Divides --batch."""
     augment: Augment = field(default_factory=Augment)
     """What training does to an image. Defaults: those of fastai's `aug_transforms`, with presizing."""
     crop_pct: float = 1.0
@@ -139,6 +140,12 @@ class TrainConfig:
             self.repeats,
             f"a divisor of the batch, {self.batch}",
         )
+        check(
+            self.repeats == 1 or not (self.mixup or self.cutmix),
+            "repeats",
+            self.repeats,
+            "1 with --mixup or --cutmix, which would mix an image with itself",
+        )
         check(0.01 <= self.crop_pct <= 1, "crop-pct", self.crop_pct, "between 0.01 and 1")
         check(self.cache_limit is None or self.cache_limit > 0, "cache-limit", self.cache_limit, "more than 0 GB")
         for flag, value in (("cache-limit", self.cache_limit), ("cache-keep", self.cache_keep or None)):
@@ -150,6 +157,8 @@ class TrainConfig:
             check(self.epochs + self.freeze_epochs > 0, "epochs", 0, "more than 0 where --freeze-epochs is 0")
         else:
             check(self.epochs > 0, "epochs", 0, f"more than 0 with --schedule {self.schedule}")
+            left_out = f"left out with --schedule {self.schedule}: nothing is frozen"
+            check(self.freeze_epochs in (0, 1), "freeze-epochs", self.freeze_epochs, left_out)
         check(
             0 < self.valid_fraction < 1,
             "valid-fraction",
@@ -163,6 +172,12 @@ class TrainConfig:
         )
         check(0 <= self.label_smoothing < 1, "label-smoothing", self.label_smoothing, "0 or more, below 1")
         check(self.focal_gamma >= 0, "focal-gamma", self.focal_gamma, "0 or more")
+        check(
+            self.loss == "focal" or self.focal_gamma == 2,
+            "focal-gamma",
+            self.focal_gamma,
+            "left out without --loss focal",
+        )
         check(self.mixup >= 0, "mixup", self.mixup, "0 or more")
         check(self.cutmix >= 0, "cutmix", self.cutmix, "0 or more")
         check(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "between 0 and 1, both excluded")

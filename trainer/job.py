@@ -50,7 +50,7 @@ class Result:
     """How a training ended."""
 
     error_rate: float
-    """Share of validation images misjudged, by the last weights."""
+    """Share of validation images misjudged, by the weights that are kept."""
     valid_loss: float
     most_confused: list[tuple[str, str, int]]
     """(actual, predicted, count), most frequent first, at most five."""
@@ -188,6 +188,8 @@ def prepare(config: TrainConfig, console: Console) -> tuple[RunFolder, Manifest]
                 f"The images under {data} have changed since the run {name} began. Give another --name to train "
                 f"on them as they are now, or delete {folder.path}."
             )
+        check_cache(config, manifest)
+        write_atomic(folder.config, json.dumps(config.as_dict(), indent=2) + "\n")  # what was free to change
         return folder, manifest
 
     manifest = read_images(data, labels, config, console)
@@ -199,11 +201,7 @@ def prepare(config: TrainConfig, console: Console) -> tuple[RunFolder, Manifest]
             f"--batch {config.batch} is larger than the {count} training images{part}. "
             f"Choose --batch {max(2, count // 4)} or less."
         )
-    if config.cache != "off" and manifest.store is not None:
-        raise UserError(
-            f"--cache {config.cache} is given, and {str(manifest.store)!r} is a store: the cache fills from files. "
-            "Leave it out, or pack the images with --decoded."
-        )
+    check_cache(config, manifest)
     torch.manual_seed(config.seed)
     model = models.build(config.model, head=config.head, classes=len(manifest.classes), size=config.size)
     if config.layer_decay is None or config.layer_groups:
@@ -225,6 +223,15 @@ def prepare(config: TrainConfig, console: Console) -> tuple[RunFolder, Manifest]
             f"The run's folder {folder.path} cannot be written ({error.strerror}). Choose another --runs folder."
         ) from None
     return folder, manifest
+
+
+def check_cache(config: TrainConfig, manifest: Manifest) -> None:
+    """Raise UserError where there is nothing for a cache to take."""
+    if config.cache != "off" and manifest.store is not None:
+        raise UserError(
+            f"--cache {config.cache} is given, and {str(manifest.store)!r} is a store: the cache fills from files. "
+            "Leave it out, or pack the images with --decoded."
+        )
 
 
 def resolve_data(config: TrainConfig, console: Console) -> tuple[Path, Labels]:
@@ -396,7 +403,10 @@ def _continuing(result: Result, config: TrainConfig) -> list[str]:
     defaults = _flat(TrainConfig().as_dict())
     for name, value in _flat(config.as_dict()).items():
         if name not in replaced and value != defaults[name]:
-            flag = f"--{name.replace('_', '-')}"
-            words += [flag] if value is True else [flag, *(value if isinstance(value, tuple) else [str(value)])]
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                words += [f"--{flag}", *(value if isinstance(value, tuple) else [str(value)])]
     model = os.path.relpath(RunFolder(result.folder).model)
     return [*words, "--weights", model, "--freeze-epochs", "0", "--epochs", "3", "--seed", str(config.seed + 1)]

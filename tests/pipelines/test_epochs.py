@@ -82,7 +82,7 @@ def test_a_cache_gives_the_pixels_of_the_files_while_it_fills_and_after(manifest
         assert 0 < len(cache) <= 53
         found = len(cache)
         assert digest(manifest, cache=cache, **options) == plain
-        assert len(cache) == found  # the second time nothing was decoded that was there
+        assert len(cache) == found
     limit = 5 * int(3 * 100 * 130 * 1.2)
     with Cache.open(manifest, parent=tmp_path, limit=limit) as cache:
         for _ in range(2):

@@ -90,6 +90,14 @@ def test_the_two_ways_show_the_same_scene_and_one_warp_keeps_more_of_it(tmp_path
     assert seen > 10
 
 
+def test_a_rectangle_is_compared_with_the_same_rectangle(manifest):
+    """Without rotation and perspective both ways show the scene alike, however wide the crop."""
+    resized = Augment(crop="resized", max_rotate=0, max_warp=0, max_zoom=1, min_scale=0.3)
+    for position in range(20):
+        pair = preview.compare(manifest.train, position, size=SIZE, seed=1, augment=resized)
+        assert np.abs(pair.once.astype(float) - pair.repeated).mean() < 12
+
+
 def test_details_are_of_the_same_window(manifest):
     pair = preview.compare(manifest.train, 5, size=SIZE, seed=0)
     small = pair.once_detail[::4, ::4]

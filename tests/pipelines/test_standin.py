@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipelines.cache import Cache
 from pipelines.errors import UserError
 from pipelines.geometry import Augment
 from pipelines.loader import Loader
@@ -124,3 +125,27 @@ def test_when_all_are_gone_it_says_so(manifest):
         (manifest.root / path).unlink()
     with pytest.raises(UserError, match="None of the 53 images under .* can be read any more.*Put the images back"):
         next(Loader(manifest.train, augment=Augment(), **COMMON).epoch(0))
+
+
+def test_a_file_that_changes_twice_is_looked_at_twice(manifest):
+    samples = manifest.train
+    loader = Loader(samples, augment=Augment(), **COMMON)
+    batch = next(loader.epoch(0))
+    position = int(loader.plan.batch(0, 0)[0])
+    os.utime(file(samples, position))
+    assert torch.equal(next(loader.epoch(0)).images_NCHW, batch.images_NCHW)
+    assert loader.spoiled == ()
+    Image.new("RGB", (300, 8)).save(file(samples, position))
+    next(loader.epoch(0))
+    assert [spoiled.id for spoiled in loader.spoiled] == [samples.ids_N[position]]
+
+
+def test_with_a_cache_they_are_stood_in_for_as_well(manifest, tmp_path):
+    bad = spoil(manifest.train)
+    plain = list(Loader(manifest.train, augment=Augment(), **COMMON).epoch(1))
+    with Cache.open(manifest, parent=tmp_path / "cache") as cache:
+        for _ in range(2):
+            cached = list(Loader(manifest.train, augment=Augment(), cache=cache, **COMMON).epoch(1))
+            for a, b in zip(plain, cached, strict=True):
+                assert torch.equal(a.images_NCHW, b.images_NCHW)
+        assert not any(cache.get(int(manifest.train.ids_N[position])) is not None for position in bad)

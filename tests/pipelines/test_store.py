@@ -107,7 +107,7 @@ def altered(**values):
 @pytest.mark.parametrize(
     ("spoil", "answer"),
     [
-        (lambda f: (f / META).unlink(), f"{META}, which is written last, is missing.*copy it again.*delete it"),
+        (lambda f: (f / META).unlink(), f"{META}, which is written last, is missing. Copy it again, whole"),
         (lambda f: edit(f / META, lambda data: data[:50]), f"{META} was altered"),
         (lambda f: edit(f / META, lambda data: b"[]"), f"{META} was altered"),
         (lambda f: edit(f / META, altered(kind="encoded")), f"{META} was altered"),
@@ -146,3 +146,8 @@ def test_the_digest_tells_stores_apart(folder, packed, manifest, tmp_path):
 def test_a_folder_of_images_is_no_store(manifest):
     assert not is_store(manifest.root)
     assert not is_store(manifest.root / "nowhere")
+
+
+def test_a_folder_with_arrays_among_its_images_is_no_store(tmp_path):
+    (tmp_path / INDEX).touch()
+    assert not is_store(tmp_path)

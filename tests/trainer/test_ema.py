@@ -6,10 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from trainer import optim
 from trainer.ema import Ema
 from trainer.models import Classifier
-from trainer.ranks import Ranks
 
 
 @pytest.fixture
@@ -119,5 +117,3 @@ def test_the_mean_of_the_ranks_averages_is_the_average_of_the_mean(model):
         if not name.endswith("tracked"):
             together = torch.stack([ema.model.get_buffer(name) for ema in emas]).mean(dim=0)
             assert torch.allclose(together, value, rtol=1e-5)
-    # What judges the training's model takes the averaged one too.
-    optim.average_batch_statistics(mean.model, Ranks())

@@ -81,6 +81,7 @@ def test_the_command_that_goes_on_keeps_nested_settings_and_switches(tmp_path):
     assert "--cache decoded --cache-keep" in words
     assert "--augment.flip 0 --augment.max-rotate 20" in words
     assert "--subset 0.5" in words
+    assert "--no-train-bn" in _continuing(result, TrainConfig(train_bn=False))
 
 
 def test_how_images_are_read_is_set_by_the_configuration(small_set, tmp_path, quiet, monkeypatch):
@@ -225,6 +226,9 @@ def test_a_loss_that_is_no_number_stops_the_run_in_words(prepared):
         ({"subset": 0}, "--subset is 0"),
         ({"label_smoothing": 1}, "--label-smoothing is 1"),
         ({"ema": 1}, "--ema is 1"),
+        ({"repeats": 2, "mixup": 0.2}, "--repeats is 2; it must be 1 with --mixup"),
+        ({"schedule": "one-cycle", "freeze_epochs": 7}, "--freeze-epochs is 7; it must be left out"),
+        ({"focal_gamma": 5}, "--focal-gamma is 5"),
         ({"mixup": 0.2, "batch": 7, "workers": 2}, "a pair that MixUp or CutMix would"),
         ({"batch": 50, "subset": 0.5}, "--batch 50 is larger than the 26 training images of --subset 0.5"),
         ({"repeats": 3}, "--repeats is 3; it must be a divisor of the batch, 8"),
