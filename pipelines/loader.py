@@ -21,7 +21,7 @@ from pipelines.standin import Spoiled, Watch
 from pipelines.window import below, rows
 
 if TYPE_CHECKING:
-    from pipelines.reader import Reader
+    from pipelines.reader import Hands, Reader
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -136,19 +136,24 @@ class Loader:
             "quality": quality,
         }
         self._statistics = {"mean": mean, "std": std}
-        self._reader_options: dict[str, Any] = {
-            "size": size,
-            "batch": -(-global_batch // world_size),
-            "threads": threads,
+        self._threads = threads
+        self._hands: Hands | None = None
+        self._batch_options: dict[str, Any] = {"size": size, "batch": -(-global_batch // world_size), "half": half}
+        self._warp_options: dict[str, Any] = {
             "kind": self._images.kind,
-            "half": half,
             "padding": augment.padding if isinstance(augment, Augment) else "reflect",
             "quality": quality,
         }
-        self._graph_options: dict[str, Any] = {
-            "device_id": device_id,
-            "largest": (int(samples.heights_N.max(initial=0)), int(samples.widths_N.max(initial=0))),
-        }
+        self._graph_options: dict[str, Any] = (
+            self._batch_options
+            | self._warp_options
+            | {
+                "device": "gpu",
+                "device_id": device_id,
+                "threads": threads,
+                "largest": (int(samples.heights_N.max(initial=0)), int(samples.widths_N.max(initial=0))),
+            }
+        )
 
     @property
     def steps(self) -> int:
@@ -204,10 +209,12 @@ class Loader:
         ahead: deque[_Fed] = deque()
         source = self._source(epoch, step, ahead)
         if self._device.type == "cpu":
-            from pipelines.reader import Reader  # compiling takes a second, and a GPU needs nothing of it
+            from pipelines.reader import Hands, Reader  # compiling takes a second, and a GPU needs nothing of it
 
-            return Reader(source, **self._reader_options), ahead
-        return graph.build(source, device="gpu", **self._reader_options, **self._graph_options), ahead
+            if self._hands is None:
+                self._hands = Hands(self._threads, **self._warp_options)
+            return Reader(source, self._hands, **self._batch_options), ahead
+        return graph.build(source, **self._graph_options), ahead
 
     def _source(self, epoch: int, start_step: int, ahead: deque[_Fed]) -> Iterator[graph.GraphInput]:
         for step in range(start_step, self.steps):

@@ -6,7 +6,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -41,35 +41,25 @@ class Reader:
 
     Args:
         source: yields one `GraphInput` a batch.
+        hands: do the work; a thread for each.
         size: of the output, pixels.
         batch: most samples in a batch.
-        threads: decode and warp.
-        kind: where the images are.
         half: float16 output instead of float32; slow.
-        padding: what the warp reads outside an image.
-        quality: "high" takes matrices from an output of twice the size, and four times as long to warp.
     """
 
     def __init__(
         self,
         source: Iterator[graph.GraphInput],
+        hands: Hands,
         *,
         size: int,
         batch: int,
-        threads: int,
-        kind: graph.Kind = "files",
         half: bool = False,
-        padding: Padding = "reflect",
-        quality: graph.Quality = "normal",
     ) -> None:
-        self._source, self._half = source, half
+        self._source, self._hands, self._half = source, hands, half
         self._buffers = _Buffers((batch, size, size, 3))
-        # Not in the threads themselves: a fork ends those, and would take DALI's pipelines down in the child.
-        self._idle: SimpleQueue[_Work] = SimpleQueue()
-        for _ in range(threads):
-            self._idle.put(_Work(kind, padding, 1 if quality == "normal" else 2))
         self._batches: deque[_Batch] = deque()
-        self._pool = ThreadPoolExecutor(threads, "read")
+        self._pool = ThreadPoolExecutor(hands.count, "read")
         # Whoever drops a reader halfway wants no more of it: what is queued is never begun.
         weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
 
@@ -100,15 +90,41 @@ class Reader:
         n = len(given.images)
         out_NSS3 = self._buffers.take(n)
         parts = [slice(start, min(start + _CHUNK, n)) for start in range(0, n, _CHUNK)]
-        return _Batch([self._pool.submit(_work, self._idle, _Chunk(given, part, out_NSS3)) for part in parts], out_NSS3)
+        return _Batch([self._pool.submit(self._hands.do, _Chunk(given, part, out_NSS3)) for part in parts], out_NSS3)
 
 
-def _work(idle: SimpleQueue[_Work], chunk: _Chunk) -> list[np.ndarray | None]:
-    work = idle.get()
-    try:
-        return work.do(chunk)
-    finally:
-        idle.put(work)
+class Hands:
+    """What works for a reader: DALI's pipelines, which outlive it.
+
+    Made anew for each epoch, they would leave the memory of the process in ever smaller pieces. And they are not the
+    threads' own: a fork ends those, and would take the pipelines down in the child.
+
+    Args:
+        count: how many work at a time.
+        kind: where the images are.
+        padding: what the warp reads outside an image.
+        quality: "high" takes matrices from an output of twice the size, and four times as long to warp.
+    """
+
+    def __init__(
+        self, count: int, *, kind: graph.Kind, padding: Padding = "reflect", quality: graph.Quality = "normal"
+    ) -> None:
+        self.count = count
+        self._new = partial(_Work, kind, padding, 1 if quality == "normal" else 2)
+        self._idle: SimpleQueue[_Work] = SimpleQueue()
+        for _ in range(count):
+            self._idle.put(self._new())
+
+    def do(self, chunk: _Chunk) -> list[np.ndarray | None]:
+        """Write the images of a chunk; the whole image of each that a mixed batch had not stored."""
+        work = self._idle.get()
+        try:
+            return work.do(chunk)
+        except BaseException:
+            work = self._new()  # a pipeline that failed is finished
+            raise
+        finally:
+            self._idle.put(work)
 
 
 class _Work:

@@ -12,7 +12,7 @@ from PIL import Image
 from pipelines import graph
 from pipelines.geometry import Augment, compose, draw, prefilter
 from pipelines.graph import NOT_STORED, GraphInput, decoded
-from pipelines.reader import Reader
+from pipelines.reader import Hands, Reader
 from pipelines.window import below, rows
 from tests.conftest import picture
 
@@ -52,10 +52,9 @@ def given(paths, points=SIZE, seed=0, augment=None):
     return whole, batch
 
 
-def read(*batches, threads=2, **options):
-    reader = Reader(
-        iter(batches), size=SIZE, batch=max(len(batch.images) for batch in batches), threads=threads, **options
-    )
+def read(*batches, threads=2, half=False, kind="files", **options):
+    hands = Hands(threads, kind=kind, **options)
+    reader = Reader(iter(batches), hands, size=SIZE, batch=max(len(batch.images) for batch in batches), half=half)
     return [reader.run() for _ in batches]
 
 
@@ -100,7 +99,7 @@ def test_half_is_the_same_rounded(paths):
 def test_batches_that_somebody_holds_are_left_alone(paths):
     batches = [given(paths[: 5 + seed % 3], seed=seed)[1] for seed in range(12)]
     expected = [read(batch)[0][0].clone() for batch in batches]
-    reader = Reader(iter(batches), size=SIZE, batch=7, threads=2)
+    reader = Reader(iter(batches), Hands(2, kind="files"), size=SIZE, batch=7)
     held, places = {}, set()
     for i in range(len(batches)):
         images, _ = reader.run()
@@ -122,7 +121,7 @@ def test_a_reader_that_is_dropped_stops_its_threads(paths):
 
     before = threads()
     _, batch = given(paths)
-    reader = Reader(iter([batch] * 50), size=SIZE, batch=len(paths), threads=2)
+    reader = Reader(iter([batch] * 50), Hands(2, kind="files"), size=SIZE, batch=len(paths))
     reader.run()
     assert threads() == before + 2
     del reader
@@ -140,7 +139,7 @@ def test_a_file_that_went_bad_is_an_error_of_its_batch(paths, tmp_path, damage):
         bad.write_bytes(contents[damage])
     _, good = given(paths)
     images = [*good.images[:-1], np.frombuffer(os.fsencode(bad), np.uint8)]
-    reader = Reader(iter([good, good._replace(images=images)]), size=SIZE, batch=len(paths), threads=2)
+    reader = Reader(iter([good, good._replace(images=images)]), Hands(2, kind="files"), size=SIZE, batch=len(paths))
     reader.run()
     with pytest.raises(RuntimeError):
         reader.run()
