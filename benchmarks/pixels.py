@@ -34,6 +34,7 @@ from pipelines.geometry import (
     augmentation,
     compose,
     placement,
+    prefilter,
     square_from_output,
     stepwise,
     transforms,
@@ -134,16 +135,15 @@ def fastai_presizing(image_HWC: np.ndarray, draws: Draws, size: int) -> Outcome:
 
 
 def antialiased(resample: Image.Resampling) -> Way:
-    """The whole picture shrunk by the same whole number as ours, by one of Pillow's filters, then one bilinear warp."""
+    """The whole picture shrunk to the same size as ours, by one of Pillow's filters, then one bilinear warp."""
 
     def way(image_HWC: np.ndarray, draws: Draws, size: int) -> Outcome:
         height, width = image_HWC.shape[:2]
         matrix_33 = compose(draws, np.array([height]), np.array([width]), size)[0]
-        distance = oracle.distance(matrix_33, size)
-        factor = int(distance) if distance > 2 else 1
-        rows, columns = height // factor, width // factor
-        shrunk_HWC = np.asarray(Image.fromarray(image_HWC).resize((columns, rows), resample))
-        shrunk_33 = np.diag([columns / width, rows / height, 1.0]) @ matrix_33
+        ((rows, columns),), (shrunk_33,) = prefilter(matrix_33[None], np.array([height]), np.array([width]), size)
+        shrunk_HWC = image_HWC
+        if rows > 0:  # else it is read as it was decoded
+            shrunk_HWC = np.asarray(Image.fromarray(image_HWC).resize((int(columns), int(rows)), resample))
         return Outcome(
             picture_HWC=oracle.warp(shrunk_HWC, shrunk_33, size),
             padding=oracle.padding([matrix_33], [height], [width], size),

@@ -3,7 +3,8 @@
     python -m benchmarks.steady --data DIR [--json FILE]
 
 Memory is what the kernel says is resident (`/proc/self/statm`), before and after `--steps` steps that follow
-`--warm-up`, over as many epochs as that takes. A scan takes turns with decoding the same files by DALI alone; the cache
+`--warm-up`, over as many epochs as that takes; "not freed" is the same with what glibc keeps given back both times, and
+tells a leak from an allocator that holds on. A scan takes turns with decoding the same files by DALI alone; the cache
 folder is a fresh one each time, so that nothing remembered helps.
 """
 
@@ -21,7 +22,6 @@ from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
-import numpy as np
 import tyro
 
 from benchmarks import peers
@@ -30,11 +30,12 @@ from pipelines import Augment, Loader, Manifest, Samples, scan
 from pipelines.datasets import named_dataset
 from pipelines.geometry import UNIFORMS
 from pipelines.labels import Regex
-from pipelines.plan import Plan, uniforms
+from pipelines.plan import Plan, permutation, uniforms
 
 _BATCH = 64
 _COLUMN = "figure"
 _LARGE, _SMALL = 10_000_000, 1_000  # samples of a plan
+_STEPS = 1000  # one after another, as training takes them, whose cost is averaged
 MB = 1e6
 
 
@@ -57,12 +58,17 @@ def resident() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / MB
 
 
+def give_back() -> None:
+    """Make glibc return to the kernel what was freed and it keeps."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 @contextmanager
 def peak() -> Generator[list[float]]:
     """Inside, the list is empty; afterwards it holds by how many MB the resident memory rose at its highest."""
     found: list[float] = []
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed, and would give it out again unseen
+    give_back()  # or it would be given out again unseen
     Path("/proc/self/clear_refs").write_text("5")  # proc(5): sets the high-water mark back to what is resident now
     before = resident()
     yield found
@@ -86,12 +92,16 @@ def growth(samples: Samples, options: SteadyOptions) -> Iterator[Figure]:
     for _ in range(options.warm_up):
         next(running)
     looks = [resident()]
+    give_back()
+    held = resident()
     for part in range(10):  # evenly, the last look after the last step
         for _ in range(options.steps * (part + 1) // 10 - options.steps * part // 10):
             next(running)
         looks.append(resident())
     grown = f"memory grown over {options.steps:,} steps of {batch}, MB"
     yield Figure(row=grown, column=_COLUMN, samples=[looks[-1] - looks[0]])
+    give_back()
+    yield Figure(row="of that not freed, MB", column=_COLUMN, samples=[resident() - held])
     yield Figure(row="memory at ten looks on the way, MB", column=_COLUMN, samples=looks[1:])
 
 
@@ -146,26 +156,28 @@ def _fresh_cache() -> Generator[None]:
 
 
 def planning(options: SteadyOptions) -> Iterator[Figure]:
-    """The plan of a large epoch, and a step of it beside a step of a small one."""
-    seconds, peaks = [], []
+    """The order of a large epoch, in whole and to its first batch, and a step of it beside one of a small epoch."""
+    seconds, peaks, first = [], [], []
     steps: dict[int, list[float]] = {_SMALL: [], _LARGE: []}
-    for number in range(options.rounds):
-        for n in steps:
-            plan = Plan(n=n, global_batch=_BATCH, seed=number)
-            with peak() as risen:
-                started = time.perf_counter()
-                plan.batch(number, 0)
-                taken = time.perf_counter() - started
-            if n == _LARGE:
-                seconds.append(taken)
-                peaks += risen
-            chosen = np.random.default_rng(number).integers(0, plan.steps, 1000)
+    for seed in range(options.rounds):
+        with peak() as risen:
             started = time.perf_counter()
-            for step in chosen:
-                uniforms(plan.seed, number, plan.batch(number, int(step)), UNIFORMS)
-            steps[n].append(1e6 * (time.perf_counter() - started) / len(chosen))
-    yield Figure(row=f"plan of an epoch of {_LARGE:,}, s", column=_COLUMN, samples=seconds)
-    yield Figure(row=f"plan of an epoch of {_LARGE:,}, peak MB", column=_COLUMN, samples=peaks)
+            permutation(seed, 0, _LARGE)
+            seconds.append(time.perf_counter() - started)
+        peaks += risen
+        for n in steps:
+            plan = Plan(n=n, global_batch=_BATCH, seed=seed)
+            started = time.perf_counter()
+            plan.batch(1, 0)
+            if n == _LARGE:
+                first.append(time.perf_counter() - started)
+            started = time.perf_counter()
+            for step in range(_STEPS):
+                uniforms(seed, 1, plan.batch(1, step % plan.steps), UNIFORMS)
+            steps[n].append(1e6 * (time.perf_counter() - started) / _STEPS)
+    yield Figure(row=f"order of a whole epoch of {_LARGE:,}, s", column=_COLUMN, samples=seconds)
+    yield Figure(row=f"order of a whole epoch of {_LARGE:,}, peak MB", column=_COLUMN, samples=peaks)
+    yield Figure(row=f"first batch of an epoch of {_LARGE:,}, s", column=_COLUMN, samples=first)
     for n, taken in steps.items():
         yield Figure(row=f"a step's order and random numbers among {n:,}, µs", column=_COLUMN, samples=taken)
 
@@ -185,7 +197,7 @@ def main(options: SteadyOptions) -> Record:
             *growth(manifest.train, options),
         ],
         skipped={},
-        remarks=(f"Epochs are of batches of {_BATCH}; a step's cost is the mean of 1,000 steps at random.",),
+        remarks=(f"Epochs are of batches of {_BATCH}; a step's cost is the mean of {_STEPS:,} in a row.",),
     )
     record.publish()
     return record

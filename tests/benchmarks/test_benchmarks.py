@@ -136,7 +136,7 @@ def test_steady_measures_all_that_should_not_grow(small_set, tmp_path, monkeypat
     monkeypatch.setenv("ONEWARP_CACHE", str(tmp_path))
     record = steady.main(steady.SteadyOptions(data=str(small_set), quick=True, size=64, steps=20, warm_up=5))
     figures = rows(record, "figure")
-    assert len(figures) == len(record.figures) == 12
+    assert len(figures) == len(record.figures) == 14
     assert all(np.isfinite(sample) for figure in record.figures for sample in figure.samples)
     assert steady.os.environ["ONEWARP_CACHE"] == str(tmp_path)
 
