@@ -10,7 +10,7 @@ import shlex
 import statistics
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -125,11 +125,16 @@ class Record:
     """Distributions whose version matters, beside those of every record."""
 
     @property
+    def _asked(self) -> Options:
+        """The options; of the folder its name alone, as a record is read on other machines."""
+        return replace(self.options, data=Path(self.options.data).name)
+
+    @property
     def command(self) -> str:
         """The command line that asks for the same again."""
         words = ["python", "-m", self.module]
         for field in fields(self.options):
-            value = getattr(self.options, field.name)
+            value = getattr(self._asked, field.name)
             if field.name != "json" and value != field.default:
                 flag = "--" + field.name.replace("_", "-")
                 words += [flag] if value is True else [flag, str(value)]
@@ -140,7 +145,7 @@ class Record:
         return {
             "title": self.title,
             "command": self.command,
-            "config": {key: value for key, value in asdict(self.options).items() if key != "json"},
+            "config": {key: value for key, value in asdict(self._asked).items() if key != "json"},
             "figures": [_figure(figure) for figure in self.figures],
             "skipped": self.skipped,
             "remarks": self.remarks,
