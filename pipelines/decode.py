@@ -41,7 +41,7 @@ class Decoder:
             return []
         try:
             # DALI's parser first, and alone: where it rejects one image of a batch within the decoder, the
-            # process may crash (see the firewall's `_sizes`).
+            # process may crash (see the firewall's `_decode`).
             self._run(self._peek, files)
             images = self._run(self._decode, files)
         except RuntimeError:

@@ -30,9 +30,8 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from queue import SimpleQueue
 from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
@@ -55,9 +54,8 @@ MAX_ASPECT = 100
 MAX_BYTES = 2**30  # a file is held in memory, and DALI's samples end at twice that
 DECODER = f"DALI {nvidia.dali.__version__}"
 
-_BATCH_FILES = 128
+_BATCH_FILES = 64
 _BATCH_PIXELS = 64_000_000  # a batch holds about 190 MB of decoded pixels, or one larger image
-_STATIONS = 2  # batches at work: what is not decoding must not keep the decoder waiting
 _GROUP_FILES = 16  # files in one task of the pool that reads ahead of the decoder,
 _GROUP_BYTES = 16_000_000  # or one larger file
 _REASON_LENGTH = 200
@@ -146,42 +144,19 @@ def examine(
     returns.
     """
     verdicts: list[Decoded | Refused] = []
-    files_per_batch = max(_BATCH_FILES, 8 * threads)
     # Pillow warns about odd metadata, once for each new wording; here the pixels alone decide.
-    with (
-        warnings.catch_warnings(),
-        ThreadPoolExecutor(threads) as pool,
-        ThreadPoolExecutor(_STATIONS) as judges,
-        ExitStack() as closing,
-    ):
+    with warnings.catch_warnings(), tempfile.TemporaryFile() as log, ThreadPoolExecutor(threads) as pool:
         warnings.simplefilter("ignore")
-        stations: SimpleQueue[_Station] = SimpleQueue()
-        for _ in range(_STATIONS):
-            stations.put(_Station(files_per_batch, threads, closing.enter_context(tempfile.TemporaryFile())))
-        pending: deque[Future[list[Decoded | Refused]]] = deque()
-
-        def judge(batch: list[_Loaded | Refused]) -> list[Decoded | Refused]:
-            station = stations.get()
-            try:
-                return station.judge(batch)
-            finally:
-                stations.put(station)
-
-        def take() -> None:
-            verdicts.extend(pending.popleft().result())
-            if progress is not None:
-                progress(len(verdicts), len(files))
-
+        files_per_batch = max(_BATCH_FILES, 8 * threads)
+        peek, decode = (_Stage(stage, files_per_batch, threads, log) for stage in _STAGES)
         try:
             for batch in _batches(_read_ahead(pool, files, max_pixels, threads + 1), files_per_batch):
-                pending.append(judges.submit(judge, batch))
-                if len(pending) > _STATIONS:
-                    take()
-            while pending:
-                take()
+                found = iter(_decode(peek, decode, [item for item in batch if isinstance(item, _Loaded)], log))
+                verdicts += [item if isinstance(item, Refused) else next(found) for item in batch]
+                if progress is not None:
+                    progress(len(verdicts), len(files))
         finally:  # an interrupt need not wait for the files still queued
             pool.shutdown(cancel_futures=True)
-            judges.shutdown(cancel_futures=True)
     return verdicts
 
 
@@ -343,20 +318,6 @@ _DAMAGE = re.compile(
     r"|Unsupported marker|Bogus"
 )
 _TROUBLE = re.compile(rf"\[ERROR|{_DAMAGE.pattern}")
-
-
-class _Station:
-    """Judges batches, one at a time. Of several, one decodes while the others sort out theirs."""
-
-    def __init__(self, batch: int, threads: int, log: IO[bytes]) -> None:
-        self._peek, self._decode = (_Stage(stage, batch, threads, log) for stage in _STAGES)
-        self._log = log
-
-    def judge(self, batch: list[_Loaded | Refused]) -> list[Decoded | Refused]:
-        """What the decoder makes of the files that were loaded, and of the others what is known already."""
-        loaded = [item for item in batch if isinstance(item, _Loaded)]
-        found = iter(_decode(self._peek, self._decode, loaded, self._log))
-        return [item if isinstance(item, Refused) else next(found) for item in batch]
 
 
 def _decode(peek: _Stage, decode: _Stage, files: list[_Loaded], log: IO[bytes]) -> list[Decoded | Refused]:
