@@ -8,7 +8,7 @@ train: .venv/runtime.stamp
 	$(BIN)/onewarp train --data breeds
 
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=85
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=40 --cov --cov-report=term --cov-fail-under=85
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

@@ -29,6 +29,7 @@ from PIL import Image
 from benchmarks import oracle
 from benchmarks.record import Figure, Options, Record, open_data
 from pipelines import Augment, Loader, Samples, scan
+from pipelines.decode import decoded
 from pipelines.geometry import (
     Draws,
     augmentation,
@@ -39,7 +40,6 @@ from pipelines.geometry import (
     stepwise,
     transforms,
 )
-from pipelines.graph import decoded
 from pipelines.preview import repeat
 
 UNLIT = Augment(max_lighting=0.0)

@@ -137,7 +137,10 @@ class Record:
             value = getattr(self._asked, field.name)
             if field.name != "json" and value != field.default:
                 flag = "--" + field.name.replace("_", "-")
-                words += [flag] if value is True else [flag, str(value)]
+                if value is True:
+                    words += [flag]
+                else:
+                    words += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
         return shlex.join(words)
 
     def as_dict(self) -> dict[str, Any]:
@@ -161,8 +164,10 @@ class Record:
             lines.append(f"| {row} | " + " | ".join(cells.get((row, column), "") for column in columns) + " |")
         counts = sorted({(figure.centre, len(figure.samples), figure.interval[2]) for figure in self.figures})
         centres = ", ".join(
-            f"{centre} of {n} [{coverage:.0f}% interval]" if n > 1 else "a single measurement"
-            for centre, n, coverage in counts
+            dict.fromkeys(
+                f"{centre} of {n} [{coverage:.0f}% interval]" if n > 1 else "a single measurement"
+                for centre, n, coverage in counts
+            )
         )
         where = environment(self.packages)
         versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
@@ -216,8 +221,13 @@ def environment(packages: Sequence[str] = ()) -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in dict.fromkeys((*PACKAGES, *packages))},
-        "commit": _git("rev-parse", "--short", "HEAD") + (" + changes" if _git("status", "--porcelain") else ""),
+        "commit": _git("rev-parse", "--short", "HEAD") + (" + changes" if _changed() else ""),
     }
+
+
+def _changed() -> bool:
+    """Whether the code is not what was committed; records beside this one do not count."""
+    return bool(_git("status", "--porcelain", "--", ":(top)", ":(top,exclude)benchmarks/results"))
 
 
 def _git(*words: str) -> str:

@@ -8,12 +8,14 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from cluster.apply import evaluate, predict
 from cluster.look import show_batch, summarise
 from cluster.pack import pack
 from cluster.scan import scan
 from pipelines.errors import UserError
 from trainer import TrainConfig, fine_tune, lr_find
 from trainer.job import summary
+from trainer.stopping import StoppedError
 
 Flags = Annotated[TrainConfig, tyro.conf.arg(name="")]
 
@@ -44,6 +46,8 @@ def main() -> None:
             {
                 "train": train,
                 "lr-find": find_rate,
+                "evaluate": evaluate,
+                "predict": predict,
                 "scan": scan,
                 "pack": pack,
                 "show-batch": show_batch,
@@ -55,8 +59,13 @@ def main() -> None:
     except UserError as error:
         Console(stderr=True).print(f"onewarp: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
+    except StoppedError as stopped:
+        told = f"onewarp: {stopped}; the same command with the run's --name goes on from there"
+        Console(stderr=True).print(told, markup=False, highlight=False, soft_wrap=True)
+        sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; the same command with the run's --name goes on from its last epoch")
+        told = "interrupted; the same command with the run's --name goes on from its last checkpoint"
+        Console(stderr=True).print(told)
         sys.exit(130)
 
 

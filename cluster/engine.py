@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import tempfile
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 
@@ -35,20 +37,35 @@ def local(cpus: int) -> Generator[str]:
     if len(temporary) > LONGEST_TEMPORARY:
         temporary = "/tmp"
     with tempfile.TemporaryDirectory(prefix="onewarp-", dir=temporary) as scratch:
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=OBJECT_STORE_BYTES,
-            _temp_dir=scratch,
-            runtime_env={"env_vars": {"TMPDIR": scratch}},  # Ray kills its workers: what libraries leave goes with it
-        )
+        with _own_handlers():
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=scratch,
+                # Ray kills its workers: what libraries leave goes with it
+                runtime_env={"env_vars": {"TMPDIR": scratch}},
+            )
         try:
             yield scratch
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _own_handlers() -> Generator[None]:
+    """Handlers of signals that the caller has set are there again afterwards; Ray sets one for SIGTERM."""
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    set_before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in set_before.items():
+            if callable(handler) and handler is not signal.default_int_handler:
+                signal.signal(number, handler)
 
 
 @contextmanager

@@ -67,7 +67,7 @@ class Summary(Look):
 def show_batch(config: Annotated[ShowBatch, tyro.conf.arg(name="")]) -> None:
     """Draw a batch as training sees it, with its labels, or one image under many augmentations."""
     console = Console()
-    manifest, _ = _described(config, TrainConfig().batch, console)
+    manifest, _ = _described(config, TrainConfig().global_batch, console)
     train = manifest.train
     view: dict[str, Any] = {"size": config.size, "seed": config.seed, "augment": config.augment}
     if config.same:

@@ -177,8 +177,9 @@ class Cache:
 
 def _join(folder: Path, manifest: Manifest, digest: str, limit: int | None, keep: bool) -> int | None:
     """The lock of a cache that is ready for use, held; None where it was removed meanwhile."""
+    with suppress(FileExistsError):  # not exist_ok: that looks again, and it may be gone by then
+        os.mkdir(folder)
     try:
-        folder.mkdir(exist_ok=True)
         lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except FileNotFoundError:
         return None

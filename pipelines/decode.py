@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,20 @@ from nvidia.dali import Pipeline, pipeline_def
 
 
 class DecodeError(Exception):
-    """DALI cannot decode the file at `position` of those given."""
+    """DALI cannot decode the file at `position` of those given; the text is DALI's own."""
 
-    def __init__(self, position: int) -> None:
-        super().__init__(f"file {position} of the batch cannot be decoded")
+    def __init__(self, position: int, reason: str) -> None:
+        super().__init__(reason)
         self.position = position
+
+
+def decoded(path: str) -> np.ndarray:
+    """The pixels of one file as the warp reads them on a CPU, uint8 [H, W, 3].
+
+    Raises:
+        DecodeError: DALI cannot decode it.
+    """
+    return Decoder(1, 1).run([Path(path).read_bytes()])[0]
 
 
 @pipeline_def
@@ -32,7 +42,7 @@ class Decoder:
         self._peek, self._decode = self._build(True, batch), self._build(False, batch)
 
     def run(self, files: list[bytes]) -> list[np.ndarray]:
-        """The pixels of each file, uint8 [H, W, 3], those of `graph.decoded`.
+        """The pixels of each file, uint8 [H, W, 3].
 
         Raises:
             DecodeError: one of them is no image that DALI decodes.
@@ -44,8 +54,8 @@ class Decoder:
             # process may crash (see the firewall's `_decode`).
             self._run(self._peek, files)
             images = self._run(self._decode, files)
-        except RuntimeError:
-            raise DecodeError(next(i for i, file in enumerate(files) if not self._decodes(file))) from None
+        except RuntimeError as error:
+            raise self._blamed(files, error) from None
         return [np.asarray(images.at(i)) for i in range(len(files))]
 
     def _build(self, peek: bool, batch: int) -> Pipeline:
@@ -58,9 +68,11 @@ class Decoder:
         outputs: Any = pipeline.run()
         return outputs[0]
 
-    def _decodes(self, file: bytes) -> bool:
-        try:
-            self._run(self._build(False, 1), [file])
-        except RuntimeError:
-            return False
-        return True
+    def _blamed(self, files: list[bytes], error: RuntimeError) -> DecodeError:
+        """Which file it was: each is decoded alone, for DALI tells of the batch."""
+        for i, file in enumerate(files):
+            try:
+                self._run(self._build(False, 1), [file])
+            except RuntimeError as alone:
+                return DecodeError(i, str(alone))
+        raise error  # of none of the files

@@ -6,10 +6,11 @@ megapixels. Then DALI decodes the pixels, because DALI is what training decodes 
 very operator that will read it in every epoch reads it without a complaint, and its size is the size that
 operator gave.
 
-A complaint need not be an error. libjpeg goes on after a broken stream and makes up the rest, and where
-libtiff gives up, DALI (2.4) falls back on a reader that leaves the rest blank: both print a line and deliver
-pixels. So what the decoders print is read as well. A flipped bit that no decoder notices, as in most places
-of a JPEG without restart markers, stays unnoticed.
+A complaint need not be an error. libjpeg goes on after a broken stream, makes up the rest and prints a line:
+so what the decoders print is read as well. Where libtiff gives up, DALI (2.4) falls back on a reader that leaves
+the rest blank, and prints through std::cerr, which stays silent for the life of a process once it failed to write:
+so a TIFF is decoded by Pillow too. A flipped bit that no decoder notices, as in most places of a JPEG without
+restart markers, stays unnoticed.
 
 Colours are read as they are stored. An alpha channel is dropped, not blended with a background that nobody
 named: OpenCV and torchvision do the same. Sixteen bits become eight by value / 257, rounded. CMYK, grey and
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import os
 import re
 import struct
@@ -30,8 +32,9 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
@@ -47,6 +50,8 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from pipelines.jpeg import plain_header
+
 MAX_PIXELS = 100_000_000
 MIN_SIDE = 2
 MAX_ASPECT = 100
@@ -54,10 +59,11 @@ MAX_ASPECT = 100
 MAX_BYTES = 2**30  # a file is held in memory, and DALI's samples end at twice that
 DECODER = f"DALI {nvidia.dali.__version__}"
 
-_BATCH_FILES = 64
+_BATCH_FILES = 128
 _BATCH_PIXELS = 64_000_000  # a batch holds about 190 MB of decoded pixels, or one larger image
+_STATIONS = 2  # batches at work: what is not decoding must not keep the decoder waiting
 _GROUP_FILES = 16  # files in one task of the pool that reads ahead of the decoder,
-_GROUP_BYTES = 16_000_000  # or one larger file
+_GROUP_BYTES = 16_000_000  # or so many that they first hold more
 _REASON_LENGTH = 200
 _EXIF_ORIENTATION = 0x0112
 
@@ -144,19 +150,42 @@ def examine(
     returns.
     """
     verdicts: list[Decoded | Refused] = []
+    files_per_batch = max(_BATCH_FILES, 8 * threads)
     # Pillow warns about odd metadata, once for each new wording; here the pixels alone decide.
-    with warnings.catch_warnings(), tempfile.TemporaryFile() as log, ThreadPoolExecutor(threads) as pool:
+    with (
+        warnings.catch_warnings(),
+        ThreadPoolExecutor(threads) as pool,
+        ThreadPoolExecutor(_STATIONS) as judges,
+        ExitStack() as closing,
+    ):
         warnings.simplefilter("ignore")
-        files_per_batch = max(_BATCH_FILES, 8 * threads)
-        peek, decode = (_Stage(stage, files_per_batch, threads, log) for stage in _STAGES)
+        stations: SimpleQueue[_Station] = SimpleQueue()
+        for _ in range(_STATIONS):
+            stations.put(_Station(files_per_batch, threads, closing.enter_context(tempfile.TemporaryFile())))
+        pending: deque[Future[list[Decoded | Refused]]] = deque()
+
+        def judge(batch: list[_Loaded | Refused]) -> list[Decoded | Refused]:
+            station = stations.get()
+            try:
+                return station.judge(batch)
+            finally:
+                stations.put(station)
+
+        def take() -> None:
+            verdicts.extend(pending.popleft().result())
+            if progress is not None:
+                progress(len(verdicts), len(files))
+
         try:
             for batch in _batches(_read_ahead(pool, files, max_pixels, threads + 1), files_per_batch):
-                found = iter(_decode(peek, decode, [item for item in batch if isinstance(item, _Loaded)], log))
-                verdicts += [item if isinstance(item, Refused) else next(found) for item in batch]
-                if progress is not None:
-                    progress(len(verdicts), len(files))
+                pending.append(judges.submit(judge, batch))
+                if len(pending) > _STATIONS:
+                    take()
+            while pending:
+                take()
         finally:  # an interrupt need not wait for the files still queued
             pool.shutdown(cancel_futures=True)
+            judges.shutdown(cancel_futures=True)
     return verdicts
 
 
@@ -198,11 +227,10 @@ def _load(file: str, max_pixels: int) -> _Loaded | Refused:
             encoded = stream.read()
     except OSError as error:
         return Refused(reason=f"the file cannot be read: {_short(error.strerror or str(error))}", lasting=False)
-    try:
-        image = READERS[name](io.BytesIO(encoded))
-        width, height = image.size
-    except Exception as error:  # a parser may raise anything at all on a hostile header
-        return Refused(reason=f"the {name} header is damaged: {_short(str(error))}")
+    header = _header(name, encoded)
+    if isinstance(header, Refused):
+        return header
+    width, height = header.width, header.height
     if width * height > max_pixels:
         limit = f"{max_pixels / 1e6:g} megapixels"
         words = f"the header promises {width} x {height} pixels, more than the limit of {limit}"
@@ -211,9 +239,20 @@ def _load(file: str, max_pixels: int) -> _Loaded | Refused:
         return Refused(reason=f"{width} x {height} pixels: a side is shorter than {MIN_SIDE}")
     if max(width, height) > MAX_ASPECT * min(width, height):
         return Refused(reason=f"{width} x {height} pixels: one side is more than {MAX_ASPECT} times the other")
-    transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
-    header = Header(name, width, height, _orientation(image, encoded), transparent)
     return _Loaded(header, encoded, hashlib.sha256(encoded).digest()[:16])
+
+
+def _header(format: str, encoded: bytes) -> Header | Refused:
+    plain = plain_header(encoded) if format == "JPEG" else None
+    if plain is not None:
+        return Header(format, plain.width, plain.height, plain.orientation, transparent=False)
+    try:
+        image = READERS[format](io.BytesIO(encoded))
+        width, height = image.size
+    except Exception as error:  # a parser may raise anything at all on a hostile header
+        return Refused(reason=f"the {format} header is damaged: {_short(str(error))}")
+    transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+    return Header(format, width, height, _orientation(image, encoded), transparent)
 
 
 def _orientation(image: ImageFile, encoded: bytes) -> int:
@@ -224,7 +263,7 @@ def _orientation(image: ImageFile, encoded: bytes) -> int:
         exif = Image.Exif()
         try:
             exif.load(image.info.get("exif") or (_png_exif(encoded) if isinstance(image, PngImageFile) else b""))
-        except Exception:  # see _load
+        except Exception:  # see _header
             return 1
         value = exif.get(_EXIF_ORIENTATION)
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
@@ -243,31 +282,24 @@ def _png_exif(encoded: bytes) -> bytes:
 
 def _read_ahead(pool: Executor, files: Sequence[str], max_pixels: int, ahead: int) -> Iterator[_Loaded | Refused]:
     """Each file read, in order, by threads that stay at most `ahead` groups in front of whoever asks."""
-    tasks: deque[Future[list[_Loaded | Refused]]] = deque()
-    for group in _groups(files):
-        tasks.append(pool.submit(lambda group: [_load(file, max_pixels) for file in group], group))
-        if len(tasks) > ahead:
-            yield from tasks.popleft().result()
+    groups = (files[at : at + _GROUP_FILES] for at in range(0, len(files), _GROUP_FILES))
+    tasks = deque(pool.submit(_load_some, group, max_pixels) for group in itertools.islice(groups, ahead))
     while tasks:
-        yield from tasks.popleft().result()
+        loaded, rest = tasks.popleft().result()
+        if rest:
+            tasks.appendleft(pool.submit(_load_some, rest, max_pixels))
+        else:
+            tasks.extend(pool.submit(_load_some, group, max_pixels) for group in itertools.islice(groups, 1))
+        yield from loaded
 
 
-def _groups(files: Iterable[str]) -> Iterator[list[str]]:
-    """Some files at a time, few enough to hold those of several groups in memory."""
-    group: list[str] = []
-    total = 0
-    for file in files:
-        try:
-            size = os.stat(file).st_size
-        except OSError:  # whoever reads it will say so
-            size = 0
-        if len(group) == _GROUP_FILES or (group and total + size > _GROUP_BYTES):
-            yield group
-            group, total = [], 0
-        group.append(file)
-        total += size
-    if group:
-        yield group
+def _load_some(files: Sequence[str], max_pixels: int) -> tuple[list[_Loaded | Refused], Sequence[str]]:
+    """The first files, and the paths of the rest where those hold much already."""
+    loaded, total = [], 0
+    while len(loaded) < len(files) and total < _GROUP_BYTES:
+        loaded.append(_load(files[len(loaded)], max_pixels))
+        total += len(loaded[-1].encoded) if isinstance(loaded[-1], _Loaded) else 0
+    return loaded, files[len(loaded) :]
 
 
 def _batches(items: Iterable[_Loaded | Refused], files: int) -> Iterator[list[_Loaded | Refused]]:
@@ -320,6 +352,20 @@ _DAMAGE = re.compile(
 _TROUBLE = re.compile(rf"\[ERROR|{_DAMAGE.pattern}")
 
 
+class _Station:
+    """Judges batches, one at a time. Of several, one decodes while the others sort out theirs."""
+
+    def __init__(self, batch: int, threads: int, log: IO[bytes]) -> None:
+        self._peek, self._decode = (_Stage(stage, batch, threads, log) for stage in _STAGES)
+        self._log = log
+
+    def judge(self, batch: list[_Loaded | Refused]) -> list[Decoded | Refused]:
+        """What the decoder makes of the files that were loaded, and of the others what is known already."""
+        loaded = [item for item in batch if isinstance(item, _Loaded)]
+        found = iter(_decode(self._peek, self._decode, loaded, self._log))
+        return [item if isinstance(item, Refused) else next(found) for item in batch]
+
+
 def _decode(peek: _Stage, decode: _Stage, files: list[_Loaded], log: IO[bytes]) -> list[Decoded | Refused]:
     """What the decoder makes of each file.
 
@@ -338,11 +384,11 @@ def _decode(peek: _Stage, decode: _Stage, files: list[_Loaded], log: IO[bytes]) 
 
 def _verdict(file: _Loaded, result: _Result, log: IO[bytes]) -> Decoded | Refused:
     header, size, complaints = file.header, result.size, result.complaints
-    if complaints:
+    if complaints or header.format == "TIFF":
         try:
             with _stderr_to(log):
                 READERS[header.format](io.BytesIO(file.encoded)).load()
-        except Exception as error:  # see _load
+        except Exception as error:  # see _header
             return Refused(reason=f"the pixels cannot be decoded: {_short(str(error))}")
         damage = next((line for line in complaints.splitlines() if _DAMAGE.search(line)), None)
         if damage is not None:

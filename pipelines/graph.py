@@ -6,7 +6,6 @@ warps by itself; the whole graph runs there too, for tests of it and of the read
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from itertools import tee
 from typing import Any, Literal, NamedTuple
@@ -303,22 +302,3 @@ class Shrinker(_Alone):
     def run(self, images: list[np.ndarray], sizes_N2: np.ndarray) -> list[np.ndarray]:
         """The images, uint8 HWC, at these heights and widths, valid until the next run."""
         return self._run(images=images, sizes=sizes_N2)
-
-
-@pipeline_def
-def _decode_alone() -> Any:
-    path = fn.external_source(name="path", dtype=_UINT8, ndim=1)
-    return fn.decoders.image(_read(path), device="cpu", output_type=_RGB)
-
-
-def decoded(path: str) -> np.ndarray:
-    """The pixels of one file as the warp reads them on a CPU, uint8 [H, W, 3].
-
-    Raises:
-        RuntimeError: DALI cannot decode the file.
-    """
-    pipeline = _decode_alone(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
-    pipeline.build()
-    pipeline.feed_input("path", [np.frombuffer(os.fsencode(path), np.uint8)])
-    (images,) = pipeline.run()
-    return np.array(images.at(0))

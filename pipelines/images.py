@@ -9,7 +9,7 @@ import numpy as np
 
 from pipelines import graph
 from pipelines.cache import Cache
-from pipelines.decode import DecodeError, Decoder
+from pipelines.decode import DecodeError, Decoder, decoded
 from pipelines.errors import UserError
 from pipelines.manifest import Samples
 from pipelines.standin import Watch
@@ -45,10 +45,10 @@ def pixels_of(samples: Samples, position: int) -> np.ndarray:
     """The image of a sample as the warp reads it on a CPU, uint8 [H, W, 3].
 
     Raises:
-        RuntimeError: DALI cannot decode it.
+        DecodeError: DALI cannot decode it.
     """
     if samples.store is None:
-        return graph.decoded(os.path.join(samples.root, samples.paths[position]))
+        return decoded(os.path.join(samples.root, samples.paths[position]))
     store, id = Store.open(samples.store), int(samples.ids_N[position])
     return store.pixels(id) if store.kind == "decoded" else Decoder(1, 1).run([store.encoded(id).tobytes()])[0]
 

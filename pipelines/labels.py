@@ -80,6 +80,23 @@ def read_labels(root: Path, labels: Labels) -> Labelling:
     return _from_tree(root, labels.pattern if isinstance(labels, Regex) else None)
 
 
+def no_labels(root: Path, name: str | None = None) -> Labelling:
+    """List the images of the folder `root`, or the file `name` in it whatever it is called; their label is empty.
+
+    Raises:
+        UserError: there are no images.
+    """
+    listing = _images(root) if name is None else look_up(root, [name])[0]
+    return Labelling(
+        files=[Labelled(path, "", None, found) for path, found in sorted(listing.files.items())],
+        rejected=listing.rejected,
+        notes=_twins(listing),
+        split_from="random",
+        table=None,
+        digest=listing.digest(),
+    )
+
+
 def digest_now(root: Path, table: Path | None) -> str:
     """Changes with the name, size or time of any file that `read_labels` looks at, and with the table.
 
@@ -94,10 +111,7 @@ def digest_now(root: Path, table: Path | None) -> str:
 
 def _from_tree(root: Path, pattern: str | None) -> Labelling:
     label_of = _class_folder if pattern is None else _searcher(pattern)
-    listing = walk(root)
-    if not listing.files:
-        passed = "".join(f" {path!r} was passed over: {why}." for path, why in sorted(listing.rejected.items())[:1])
-        raise UserError(f"There are no images in {str(root)!r}.{passed} Give the folder that holds the image files.")
+    listing = _images(root)
     parts = _split_folders(listing, needs_class_folders=pattern is None)
     files, unlabelled, left_alone = [], {}, Counter[str]()
     for path, found in sorted(listing.files.items()):
@@ -114,12 +128,12 @@ def _from_tree(root: Path, pattern: str | None) -> Labelling:
         path = min(unlabelled)
         raise _no_class_folders(root, path) if pattern is None else _no_match(pattern, path)
 
-    notes = [f"{path!r} was not read a second time: it leads to {real!r}" for path, real in listing.twins.items()]
+    notes = _twins(listing)
     if left_alone:
         places = ", ".join(f"{count} in {place}" for place, count in left_alone.items())
         notes.append(f"images outside the split folders were left alone: {places}")
     if None in parts.values():
-        notes.append("there is no validation folder beside 'train/': images of it were drawn at random instead")
+        notes.append("there is no validation folder beside 'train/': all images are of 'train/'")
     rejected = {path: why for path, why in listing.rejected.items() if not parts or path.split("/")[0] in parts}
     return Labelling(
         files=files,
@@ -129,6 +143,18 @@ def _from_tree(root: Path, pattern: str | None) -> Labelling:
         table=None,
         digest=listing.digest(),
     )
+
+
+def _images(root: Path) -> Listing:
+    listing = walk(root)
+    if not listing.files:
+        passed = "".join(f" {path!r} was passed over: {why}." for path, why in sorted(listing.rejected.items())[:1])
+        raise UserError(f"There are no images in {str(root)!r}.{passed} Give the folder that holds the image files.")
+    return listing
+
+
+def _twins(listing: Listing) -> list[str]:
+    return [f"{path!r} was not read a second time: it leads to {real!r}" for path, real in listing.twins.items()]
 
 
 def _split_folders(listing: Listing, *, needs_class_folders: bool) -> dict[str, bool | None]:

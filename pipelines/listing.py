@@ -93,7 +93,7 @@ def look_up(root: Path, paths: Iterable[str]) -> tuple[Listing, list[str]]:
 
 def _add(listing: Listing, root: Path, path: str) -> None:
     try:
-        status = os.stat(root / path)
+        status = os.stat(os.path.join(root, path))
     except OSError as error:
         dangling = isinstance(error, FileNotFoundError)
         listing.rejected[path] = "a link to nowhere" if dangling else f"cannot be read: {error.strerror}"

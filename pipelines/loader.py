@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -64,6 +64,8 @@ class Loader:
         quality: "high" reads each output pixel at 2 x 2 points instead of one, at four times the cost of the warp.
         weights_N: how often training sees each sample, in proportion; see `Plan` and `plan.balanced`.
         repeats: how often, in a row and each time augmented anew, training sees a sample; see `Plan`.
+        each_once: read each sample once and in order, to the last one, as validation does, with training augmentation
+            too: test-time augmentation.
         drop_last: leave out the last incomplete global batch of a training epoch.
         cache: takes the pixels of each image as it is decoded, and gives them back from the second time on.
         device: "cpu" or "gpu".
@@ -71,6 +73,7 @@ class Loader:
         threads: CPU threads that read and decode.
         mean, std: of the model's training data, for values in [0, 1].
         half: float16 images instead of float32.
+        on_batch: called whenever a batch is ready.
 
     Raises:
         UserError: batch, ranks, weights or repeats do not fit the samples or one another, or the store is damaged.
@@ -89,6 +92,7 @@ class Loader:
         quality: graph.Quality = "normal",
         weights_N: np.ndarray | None = None,
         repeats: int = 1,
+        each_once: bool = False,
         drop_last: bool = True,
         cache: Cache | None = None,
         device: graph.Device = "cpu",
@@ -97,8 +101,9 @@ class Loader:
         mean: tuple[float, ...] = HALF,
         std: tuple[float, ...] = HALF,
         half: bool = False,
+        on_batch: Callable[[], None] = lambda: None,
     ) -> None:
-        training = isinstance(augment, Augment)
+        training = isinstance(augment, Augment) and not each_once
         if training and global_batch > len(samples):
             raise UserError(
                 f"The batch of {global_batch} is larger than the {len(samples)} training images. "
@@ -113,6 +118,7 @@ class Loader:
             )
         self.samples, self.size, self.augment, self.seed = samples, size, augment, seed
         self.rank, self.world_size = rank, world_size
+        self._training, self._on_batch = training, on_batch
         self.plan = Plan(
             n=len(samples),
             global_batch=global_batch,
@@ -169,7 +175,7 @@ class Loader:
     def spoiled(self) -> tuple[Spoiled, ...]:
         """Samples of this rank whose files have gone bad since the scan, as far as they came up.
 
-        In training each has a stand-in (see `standin`), in validation it is left out.
+        In training each has a stand-in (see `standin`), where each is read once it is left out.
         """
         return self._watch.spoiled
 
@@ -196,6 +202,7 @@ class Loader:
                 self._images.keep(fed.positions_N, fed.images, whole[0])
             images_NHWC = images if isinstance(images, torch.Tensor) else torch.from_dlpack(images.as_tensor())
             labels_N, ids_N = self.samples.labels_N[fed.positions_N], self.samples.ids_N[fed.positions_N]
+            self._on_batch()
             yield Batch(
                 step=fed.step,
                 images_NCHW=images_NHWC.permute(0, 3, 1, 2),  # the memory stays NHWC: torch's channels_last
@@ -220,7 +227,7 @@ class Loader:
         for step in range(start_step, self.steps):
             entries = self.plan.entries(epoch, step)
             planned_N, occurrences_N = (rank_slice(part, self.rank, self.world_size) for part in entries)
-            if isinstance(self.augment, Augment):
+            if self._training:
                 positions_N = self._watch.stand_ins(planned_N)
             else:
                 readable_N = self._watch.readable(planned_N)

@@ -41,7 +41,7 @@ class Samples:
     paths: tuple[str, ...]
     """Relative to the root; names that are not UTF-8 hold surrogate escapes, as from `os.fsdecode`."""
     labels_N: np.ndarray
-    """int64 index into `classes`."""
+    """int64 index into `classes`; -1 where nothing says what the images show."""
     heights_N: np.ndarray
     """int32, pixels as displayed: the EXIF orientation is applied."""
     widths_N: np.ndarray
@@ -122,14 +122,16 @@ class Manifest:
     @cached_property
     def train(self) -> Samples:
         """What is learned from; not empty."""
-        return self._samples().subset(np.flatnonzero(~self.valid_N))
+        return self.samples.subset(np.flatnonzero(~self.valid_N))
 
     @cached_property
     def valid(self) -> Samples:
         """What is measured on; not empty."""
-        return self._samples().subset(np.flatnonzero(self.valid_N))
+        return self.samples.subset(np.flatnonzero(self.valid_N))
 
-    def _samples(self) -> Samples:
+    @cached_property
+    def samples(self) -> Samples:
+        """All of them."""
         return Samples(
             root=self.root,
             classes=self.classes,

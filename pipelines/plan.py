@@ -28,6 +28,8 @@ _BLOCK = 8192  # positions of an order that are worked out at a time
 
 # The learning-rate range test reads batches of epochs that training never reaches.
 RANGE_TEST_EPOCH = 2**31
+# And test-time augmentation those that the range test never reaches either.
+TEST_TIME_EPOCH = 2**31 + 2**30
 
 
 def philox_4x32(counter_N4: np.ndarray, key: tuple[int, int]) -> np.ndarray:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import grid_sample
 
-from pipelines import graph
+from pipelines.decode import DecodeError, decoded
 from pipelines.errors import UserError, first_line
 from pipelines.firewall import Refused, examine, read_header
 from pipelines.geometry import (
@@ -246,8 +246,8 @@ def _read(file: str) -> Iterator[str]:
     if isinstance(verdict, Refused):
         raise UserError(f"The way ends at the pixels: {verdict.reason}. Replace the file, or leave it out.")
     try:
-        pixels_HWC = graph.decoded(file)
-    except RuntimeError as error:
+        pixels_HWC = decoded(file)
+    except (OSError, DecodeError) as error:
         raise UserError(f"The way ends at the pixels: {first_line(error)}.") from None
     with Image.open(file) as opened:  # a PNG may hold its EXIF behind its pixels, which are known to be good by now
         turned = opened.getexif().get(0x0112, 1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -16,9 +17,9 @@ import numpy as np
 from pipelines import duplicates, firewall, verdicts
 from pipelines.errors import UserError
 from pipelines.firewall import Decoded, Progress, Refused
-from pipelines.labels import Labels, SplitFrom, digest_now, read_labels
+from pipelines.labels import Labelled, Labels, SplitFrom, digest_now, no_labels, read_labels
 from pipelines.listing import Found
-from pipelines.manifest import Manifest, Quarantined, rows16
+from pipelines.manifest import Manifest, Quarantined, Samples, rows16
 from pipelines.plan import permutation
 from pipelines.store import Store, is_store
 
@@ -65,14 +66,9 @@ def scan(
     Raises:
         UserError: the folder, the labels or the split cannot be used as they are.
     """
-    folder = Path(os.path.abspath(root))
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise UserError(f"The image folder {str(folder)!r} {what}. Give the folder that holds the images.")
+    folder = _folder(root)
     if is_store(folder):
-        if labels != "folder":
-            raise UserError(f"{str(folder)!r} is a store, whose labels are packed. Leave out where to take them from.")
-        return Store.open(folder).manifest
+        return _stored(folder, labels)
     if not 0 < valid_fraction < 1:
         raise UserError(f"valid_fraction is {valid_fraction}; it must lie between 0 and 1, both excluded.")
     labelling = read_labels(folder, labels)
@@ -83,24 +79,16 @@ def scan(
         labelling.split_from,
     )
 
-    verdict_of = _verdicts(
+    examine = examine or partial(firewall.examine, threads=threads)
+    usable, quarantine = _sort_out(
         folder,
-        {file.path: file.found for file in labelling.files},
-        max_pixels,
-        progress,
-        examine or partial(firewall.examine, threads=threads),
-        reuse,
+        labelling.files,
+        labelling.rejected,
+        max_pixels=max_pixels,
+        progress=progress,
+        examine=examine,
+        reuse=reuse,
     )
-    pairs = [(file, verdict_of[file.path]) for file in labelling.files]
-    usable = [(file, verdict) for file, verdict in pairs if isinstance(verdict, Decoded)]
-    rejected = labelling.rejected | {
-        file.path: verdict.reason for file, verdict in pairs if isinstance(verdict, Refused)
-    }
-    quarantine = tuple(Quarantined(path=path, reason=why) for path, why in sorted(rejected.items()))
-    if not usable:
-        first = f"{quarantine[0].path!r}: {quarantine[0].reason}"
-        raise UserError(f"None of the {len(pairs)} images in {str(folder)!r} is usable; {first}. Mend or replace them.")
-
     names = [file.label for file, _ in usable]
     if labelling.split_from == "random":
         valid_N = _draw(len(usable), valid_fraction, split_seed)
@@ -110,8 +98,7 @@ def scan(
     classes = tuple(sorted(set(names)))
     lost = sorted({file.label for file in labelling.files} - set(names))
     notes = [*labelling.notes, *(f"the class {name!r} has no usable image and was left out" for name in lost)]
-    if transparent := sum(decoded.transparent for _, decoded in usable):
-        notes.append(f"{transparent:,} images have transparent parts: the colours stored there are read as they are")
+    notes += _transparent(usable)
     paths = tuple(file.path for file, _ in usable)
     hashes_N16 = rows16([decoded.hash for _, decoded in usable])
     groups = duplicates.identical(hashes_N16)
@@ -149,6 +136,97 @@ def scan(
     )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ToApply:
+    """Images that a trained model is applied to."""
+
+    samples: Samples
+    """Not empty."""
+    hashes_N16: np.ndarray
+    """uint8, the first 16 bytes of the SHA-256 of each file."""
+    part_of: SplitFrom | None
+    """Where the split comes from whose validation part they are; None where they are all images there are."""
+    quarantine: tuple[Quarantined, ...]
+    """In the order of their paths."""
+    notes: tuple[str, ...]
+    """What the user should know, in words."""
+
+
+def scan_to_apply(
+    root: str | os.PathLike[str],
+    *,
+    labels: Labels | None,
+    max_pixels: int = firewall.MAX_PIXELS,
+    threads: int = 2,
+    progress: Progress | None = None,
+) -> ToApply:
+    """List and decode the images that a model is to be applied to, or take what a store holds.
+
+    Labelled images are judged: where the folder, the table or the store brings a split they are its validation part,
+    else all of them; nothing is drawn, and one class is enough. Without labels they are all images there are.
+
+    Args:
+        root: the folder, or a store. Without labels it may be a single file, whatever its name.
+        labels: see `scan`; None is for images that nothing is known of.
+        max_pixels, threads, progress: see `scan`.
+
+    Raises:
+        UserError: the folder or the labels cannot be used as they are, or no image of them.
+    """
+    path = Path(os.path.abspath(root))
+    single = labels is None and path.is_file()
+    folder = path.parent if single else _folder(root)
+    if not single and is_store(folder):
+        manifest = _stored(folder, labels or "folder")
+        rows_N = np.ones_like(manifest.valid_N) if labels is None else manifest.valid_N
+        return ToApply(
+            samples=manifest.samples.subset(np.flatnonzero(rows_N)),
+            hashes_N16=manifest.hashes_N16[rows_N],
+            part_of=None if labels is None else manifest.split_from,
+            quarantine=manifest.quarantine,
+            notes=(),
+        )
+    if labels is None:
+        labelling, part_of = no_labels(folder, path.name if single else None), None
+    else:
+        labelling = read_labels(folder, labels)
+        part_of = None if labelling.split_from == "random" else labelling.split_from
+    files = [file for file in labelling.files if part_of is None or file.valid]
+    if not files:
+        raise UserError(
+            f"The split ({part_of}) of {str(folder)!r} leaves no image for validation. Give it at least one."
+        )
+    rejected = labelling.rejected
+    if part_of == "folders":
+        beside = files[0].path.partition("/")[0] + "/"
+        rejected = {name: why for name, why in rejected.items() if name.startswith(beside)}
+    examine = partial(firewall.examine, threads=threads)
+    usable, quarantine = _sort_out(
+        folder, files, rejected, max_pixels=max_pixels, progress=progress, examine=examine, reuse=True
+    )
+    names = [file.label for file, _ in usable]
+    classes = () if labels is None else tuple(sorted(set(names)))
+    label_of = {name: label for label, name in enumerate(classes)}
+    samples = Samples(
+        root=folder,
+        classes=classes,
+        paths=tuple(file.path for file, _ in usable),
+        labels_N=np.array([label_of.get(name, -1) for name in names], np.int64),
+        heights_N=np.array([decoded.height for _, decoded in usable], np.int32),
+        widths_N=np.array([decoded.width for _, decoded in usable], np.int32),
+        bytes_N=np.array([file.found.bytes for file, _ in usable], np.int64),
+        mtimes_N=np.array([file.found.mtime_ns for file, _ in usable], np.int64),
+        ids_N=np.arange(len(usable)),
+    )
+    return ToApply(
+        samples=samples,
+        hashes_N16=rows16([decoded.hash for _, decoded in usable]),
+        part_of=part_of,
+        quarantine=quarantine,
+        notes=(*labelling.notes, *_transparent(usable)),
+    )
+
+
 def is_current(manifest: Manifest) -> bool:
     """Whether a new scan with the same options would see the same files: none opened, all looked at.
 
@@ -161,6 +239,51 @@ def is_current(manifest: Manifest) -> bool:
         return digest_now(manifest.root, manifest.table) == manifest.digest
     except UserError:
         return False
+
+
+def _folder(root: str | os.PathLike[str]) -> Path:
+    folder = Path(os.path.abspath(root))
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise UserError(f"The image folder {str(folder)!r} {what}. Give the folder that holds the images.")
+    return folder
+
+
+def _stored(folder: Path, labels: Labels) -> Manifest:
+    if labels != "folder":
+        raise UserError(f"{str(folder)!r} is a store, whose labels are packed. Leave out where to take them from.")
+    return Store.open(folder).manifest
+
+
+def _sort_out(
+    folder: Path,
+    files: Sequence[Labelled],
+    rejected: dict[str, str],
+    *,
+    max_pixels: int,
+    progress: Progress | None,
+    examine: Examine,
+    reuse: bool,
+) -> tuple[list[tuple[Labelled, Decoded]], tuple[Quarantined, ...]]:
+    """The files that can be used, and all those that cannot, `rejected` ones with them.
+
+    Raises:
+        UserError: none can be used.
+    """
+    verdict_of = _verdicts(folder, {file.path: file.found for file in files}, max_pixels, progress, examine, reuse)
+    pairs = [(file, verdict_of[file.path]) for file in files]
+    usable = [(file, verdict) for file, verdict in pairs if isinstance(verdict, Decoded)]
+    refused = {file.path: verdict.reason for file, verdict in pairs if isinstance(verdict, Refused)}
+    quarantine = tuple(Quarantined(path=path, reason=why) for path, why in sorted((rejected | refused).items()))
+    if not usable:
+        first = f"{quarantine[0].path!r}: {quarantine[0].reason}"
+        raise UserError(f"None of the {len(pairs)} images in {str(folder)!r} is usable; {first}. Mend or replace them.")
+    return usable, quarantine
+
+
+def _transparent(usable: Sequence[tuple[Labelled, Decoded]]) -> list[str]:
+    count = sum(decoded.transparent for _, decoded in usable)
+    return [f"{count:,} images have transparent parts: the colours stored there are read as they are"] if count else []
 
 
 def _verdicts(
@@ -176,7 +299,7 @@ def _verdicts(
     }
     new = [path for path in files if path not in still]
     if new:
-        examined = examine([str(folder / path) for path in new], progress=progress, max_pixels=max_pixels)
+        examined = examine([os.path.join(folder, path) for path in new], progress=progress, max_pixels=max_pixels)
         fresh = {path: verdicts.Known(files[path], one) for path, one in zip(new, examined, strict=True)}
         # Files that this scan was not about are remembered too, unless they are gone.
         others = {path: one for path, one in known.items() if path not in files and os.path.lexists(folder / path)}

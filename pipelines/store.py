@@ -6,7 +6,7 @@
     store.json         what the store is, with the checksum of its index; written last
 
 It holds the bytes of image files ("encoded") or decoded pixels ("decoded": uint8 RGB, height x width x 3, as
-displayed, what `graph.decoded` gives). The manifest's row numbers, a sample's `ids_N`, are the rows of the store.
+displayed, what `decode.decoded` gives). The manifest's row numbers, a sample's `ids_N`, are the rows of the store.
 """
 
 from __future__ import annotations

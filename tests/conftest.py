@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # ranks share few cores: threads that wait must not spin
+
+# isort: split
 from collections.abc import Generator
 from pathlib import Path
 

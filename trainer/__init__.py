@@ -1,7 +1,26 @@
-"""Learning: `fine_tune`, `lr_find` and their configuration, the same words as on the command line."""
+"""Learning: `fine_tune`, `lr_find`; applying what was learned: `evaluate_run`, `predict`; and their configurations.
+
+The settings are the same words as on the command line.
+"""
 
 from pipelines.errors import UserError
+from trainer.apply_config import EvaluateConfig, PredictConfig
 from trainer.config import TrainConfig
+from trainer.evaluating import Evaluation, evaluate_run
 from trainer.job import LrFind, Result, fine_tune, lr_find
+from trainer.predicting import Predictions, predict
 
-__all__ = ["LrFind", "Result", "TrainConfig", "UserError", "fine_tune", "lr_find"]
+__all__ = [
+    "EvaluateConfig",
+    "Evaluation",
+    "LrFind",
+    "PredictConfig",
+    "Predictions",
+    "Result",
+    "TrainConfig",
+    "UserError",
+    "evaluate_run",
+    "fine_tune",
+    "lr_find",
+    "predict",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +13,18 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipelines.errors import UserError, first_line
 from pipelines.geometry import Augment
+from trainer.compression import Compression
+from trainer.schedule import rates_in_words, read_rates
+from trainer.sizes import read_sizes, size_of_each_epoch
 
 SIZES = (32, 1024)
 
+OnNan = Literal["stop", "skip", "rewind"]
 Goal = Literal["train", "lr-find"]
+
+
+class Default(int):
+    """A number that nobody gave: `--sizes` replaces it, and contradicts one that was given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +63,14 @@ class TrainConfig:
     """Keep the cache for the next run on the same images."""
 
     model: str = "tf_efficientnet_lite0"
-    """Body: the name of a convolutional classifier of torchvision or timm. The default needs no download."""
+    """Body: the name of any classifier of torchvision or timm, convolutions, transformers and mixers alike, with timm's
+    tag of the weights if need be, as vit_tiny_patch16_224.augreg_in21k. One made for a fixed size is made for --size.
+    The default needs no download."""
     pretrained: bool = True
     """Start from the body's published weights."""
     weights: Path | None = None
-    """Start from this file instead (.safetensors, .pth): a state dict of the body, or the model of an earlier run."""
+    """Start from this file instead (.safetensors, .pth): a state dict of the body, or the model of an earlier run,
+    whose head is left out where the classes are others."""
     head: Literal["fastai", "plain"] = "fastai"
     """`fastai`: concat pooling, batch-norm, dropout, two linear layers. `plain`: average pooling, one linear layer."""
 
@@ -66,25 +78,45 @@ class TrainConfig:
     """Layer groups by name, from the input to the head: a regular expression of parameter names for each. Default: by
     the body's stages."""
 
-    size: int = 160
+    size: int = Default(160)
     """Training and validation images are squares of this many pixels."""
-    batch: int = 64
-    """Images in a step, over all workers."""
+    sizes: str | None = None
+    """Progressive resizing, as in 128:3,160:3,224:2. SIZE:EPOCHS with the whole model, one after the other in a single
+    cycle; instead of --epochs (their sum) and --size (the last). What comes before, frozen epochs and range test, has
+    the first size. Every epoch is judged at the last, so that they can be compared."""
+    batch: int | Literal["auto"] = 64
+    """Images in a step, over all workers. `auto`: as many as the memory holds, with at least 20 steps an epoch and at
+    most 1,024 images a worker; two steps are tried at three sizes first. A resumed run keeps its number."""
+    micro_batch: int | None = None
+    """Most images that a worker computes at once: its part of a batch is split, and gradients are summed. Less memory
+    for the same step; batch-norm sees the parts. Default: the whole part."""
     schedule: Literal["fine-tune", "one-cycle", "flat-cos", "warmup-linear"] = "fine-tune"
     """`fine-tune`: the head alone, then everything with rates that rise towards the head, each by one cycle. The others
     train everything at one rate from the first epoch on, as suits training from scratch."""
-    epochs: int = 3
-    """Epochs with the whole model, after those with the head alone."""
+    epochs: int = Default(3)
+    """Epochs with the whole model, after those with the head alone. There is no early stopping: the rate comes down
+    only at the end of the whole cycle, and weights from its middle have not been annealed. Where fewer epochs would
+    have been better, the run says so at its end, and how many to train again with."""
     freeze_epochs: int = 1
     """Epochs of `fine-tune` with the head alone, first."""
     train_bn: bool = True
     """Let the batch-norms of a frozen body go on learning."""
-    lr: float | None = None
-    """Peak learning rate of the head. Default: found by a range test over all workers."""
+    sync_bn: bool = False
+    """Batch-norm over the images of all workers together. Default: each worker has the statistics of its own images."""
+    lr: float | str | None = None
+    """Peak learning rate of the head. With a schedule that freezes nothing it is that of all layer groups, or LOW:HIGH
+    gives them rates in equal ratios from the input to the head, and :HIGH a tenth to all but the head (fastai's
+    `slice`, which Python may pass as well). Default: found by a range test over all workers."""
+    lr_choice: Literal["balanced", "valley", "steep", "minimum", "slide"] = "balanced"
+    """Which suggestion of the range test training takes: one of fastai's four, or `balanced`, the geometric mean of the
+    cautious `valley` and the bold `minimum` (a tenth of it)."""
     lr_find_steps: int = 50
     """Most steps of the range test, 20 to 100; it ends when the loss explodes."""
     optimizer: Literal["adamw", "sgd", "lamb"] = "adamw"
     """`sgd` has momentum; `lamb` is for large batches."""
+    clip_norm: float | None = None
+    """Most length (L2 norm) of the whole gradient; a longer one is shortened to it. Each step's length is then in the
+    journal. Default: 1 for `lamb`, else none."""
     layer_decay: float | None = None
     """Rate of each stage of the body over that of the next, for fine-tuning; 0.65 to 0.8 are usual. Default: three
     layer groups, the last at 100 times the rate of the first."""
@@ -106,9 +138,31 @@ class TrainConfig:
     """Decoupled weight decay; norms and biases have none."""
     seed: int = 0
     """Seed of order, augmentation, initial head and dropout."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """`auto`: bf16 on GPUs that have it, fp16 with loss scaling on older ones, fp32 on CPUs."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """`auto`: bf16 on GPUs that have it, fp16 with loss scaling on older ones, fp32 on CPUs. `tf32`: float32 whose
+    products are rounded, on GPUs from Ampere on; `fp32` never is."""
+    compile: bool = False
+    """Compile the network with torch.compile: minutes at the start, for faster steps. Needs a C++ compiler."""
+    channels_last: bool = True
+    """Keep images and filters in memory channel by channel within a pixel, as most convolutions are fastest."""
+    grad_compression: Compression = "none"
+    """Send gradients between workers as `bf16` or `fp16`, half the bytes, for slow networks."""
 
+    checkpoint_every: int = 100
+    """Steps from one checkpoint to the next; another is written after each epoch."""
+    restarts: int = 3
+    """How often workers are started again, from the last checkpoint, when one of them dies or fails."""
+    grace: float = 30.0
+    """Seconds that workers have to write a checkpoint when Ctrl-C or SIGTERM ends the run."""
+    stall: float = 60.0
+    """Seconds without a batch after which workers end themselves, to be started again."""
+    on_nan: OnNan = "stop"
+    """Where the loss is no number, or explodes. `skip`: the batch leaves no trace. `rewind`: the run goes back to its
+    last checkpoint, and passes the batch over."""
+    resume: bool = False
+    """The run of this --name is there, and goes on. (It does so without this, too.)"""
+    restart: bool = False
+    """Begin the run of this --name anew; what it has left is kept under another name."""
     workers: int | None = None
     """Processes. Default: one for each GPU; without GPUs 2, or 1 on one core. 0 runs in this process, without Ray."""
     threads: int | None = None
@@ -127,15 +181,26 @@ class TrainConfig:
             if isinstance(value := getattr(self, name), str):
                 object.__setattr__(self, name, Path(value))
 
+        if isinstance(self.lr, slice):
+            object.__setattr__(self, "lr", rates_in_words(self.lr))
+
         def check(good: bool, flag: str, value: object, must: str) -> None:
             if not good:
                 raise UserError(f"--{flag} is {value}; it must be {must}.")
 
-        check(SIZES[0] <= self.size <= SIZES[1], "size", self.size, f"between {SIZES[0]} and {SIZES[1]} pixels")
+        stretches = () if self.sizes is None else read_sizes(self.sizes)
+        for flag, value in (("size", self.size), *(("sizes", size) for size, _ in stretches)):
+            check(SIZES[0] <= value <= SIZES[1], flag, value, f"between {SIZES[0]} and {SIZES[1]} pixels")
+        if stretches:
+            for flag, value in (("size", stretches[-1][0]), ("epochs", sum(epochs for _, epochs in stretches))):
+                given = getattr(self, flag)
+                instead = f"left out with --sizes {self.sizes}, which makes it {value}"
+                check(isinstance(given, Default) or given == value, flag, given, instead)
+                object.__setattr__(self, flag, value)
         check(0 < self.subset <= 1, "subset", self.subset, "above 0, and at most 1")
         check(self.repeats >= 1, "repeats", self.repeats, "1 or more")
         check(
-            self.repeats < 1 or self.batch % self.repeats == 0,
+            self.repeats < 1 or self.batch == "auto" or self.batch % self.repeats == 0,
             "repeats",
             self.repeats,
             f"a divisor of the batch, {self.batch}",
@@ -150,7 +215,19 @@ class TrainConfig:
         check(self.cache_limit is None or self.cache_limit > 0, "cache-limit", self.cache_limit, "more than 0 GB")
         for flag, value in (("cache-limit", self.cache_limit), ("cache-keep", self.cache_keep or None)):
             check(value is None or self.cache != "off", flag, value, "left out where --cache is off")
-        check(self.batch >= 2, "batch", self.batch, "at least 2: batch-norm has no variance of one image")
+        check(
+            self.batch == "auto" or self.batch >= 2,
+            "batch",
+            self.batch,
+            "at least 2: batch-norm has no variance of one image",
+        )
+        check(
+            self.micro_batch is None or self.micro_batch >= 2,
+            "micro-batch",
+            self.micro_batch,
+            "at least 2: batch-norm has no variance of one image",
+        )
+        check(self.clip_norm is None or 0 < self.clip_norm < inf, "clip-norm", self.clip_norm, "greater than 0")
         check(self.epochs >= 0, "epochs", self.epochs, "0 or more")
         check(self.freeze_epochs >= 0, "freeze-epochs", self.freeze_epochs, "0 or more")
         if self.schedule == "fine-tune":
@@ -165,7 +242,16 @@ class TrainConfig:
             self.valid_fraction,
             "between 0 and 1, both excluded",
         )
-        check(self.lr is None or self.lr > 0, "lr", self.lr, "greater than 0")
+        if self.lr is not None:
+            lr = read_rates(self.lr)
+            number = not isinstance(lr, slice)
+            its_own = "which sets the rate of each layer group from that of the head"
+            choose = f"one number with --schedule fine-tune, {its_own}. For rates of your own choose one-cycle"
+            check(number or self.schedule != "fine-tune", "lr", self.lr, choose)
+            check(number or self.layer_decay is None, "lr", self.lr, f"one number with --layer-decay, {its_own}")
+            check(self.lr_choice == "balanced", "lr-choice", self.lr_choice, "left out where --lr is given")
+            # One spelling for each, so that the same run is known again.
+            object.__setattr__(self, "lr", lr if number else rates_in_words(lr))
         check(20 <= self.lr_find_steps <= 100, "lr-find-steps", self.lr_find_steps, "between 20 and 100")
         check(
             self.layer_decay is None or 0 < self.layer_decay <= 1, "layer-decay", self.layer_decay, "above 0, at most 1"
@@ -181,7 +267,14 @@ class TrainConfig:
         check(self.mixup >= 0, "mixup", self.mixup, "0 or more")
         check(self.cutmix >= 0, "cutmix", self.cutmix, "0 or more")
         check(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "between 0 and 1, both excluded")
+        check(self.restarts >= 0, "restarts", self.restarts, "0 or more")
+        check(self.grace > 0, "grace", self.grace, "more than 0 seconds")
+        check(self.stall >= 5, "stall", self.stall, "5 seconds or more")
+        check(not (self.resume and self.restart), "resume", True, "left out with --restart")
+        for flag in ("resume", "restart"):
+            check(self.name is not None or not getattr(self, flag), flag, True, "given with the run's --name")
         check(self.weight_decay >= 0, "weight-decay", self.weight_decay, "0 or more")
+        check(self.checkpoint_every >= 1, "checkpoint-every", self.checkpoint_every, "1 step or more")
         check(self.workers is None or self.workers >= 0, "workers", self.workers, "0 or more")
         check(self.threads is None or self.threads >= 1, "threads", self.threads, "1 or more")
         check(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, below 2**63")
@@ -199,6 +292,18 @@ class TrainConfig:
             "a plain folder name, without '/'",
         )
 
+    @property
+    def global_batch(self) -> int:
+        """`batch` as the number that `auto` has become before workers start."""
+        assert isinstance(self.batch, int)
+        return self.batch
+
+    @property
+    def size_of_epochs(self) -> tuple[int, ...]:
+        """Height and width of the training images in each epoch of the run, pixels."""
+        stretches = read_sizes(self.sizes) if self.sizes else ((self.size, self.epochs),)
+        return size_of_each_epoch(stretches, self.freeze_epochs if self.schedule == "fine-tune" else 0)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return {
@@ -215,7 +320,8 @@ class TrainConfig:
             return TypeAdapter(cls).validate_python(values)
         except ValidationError as error:
             first = error.errors()[0]
-            setting = ".".join(map(str, first["loc"]))
+            names = {field.name for known in (cls, Augment) for field in dataclasses.fields(known)}
+            setting = ".".join(part for part in map(str, first["loc"]) if part in names)  # and not the types of a union
             raise UserError(f"The setting {setting!r} is {first['input']!r}: {first['msg']}.") from None
 
     @classmethod

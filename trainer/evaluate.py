@@ -58,7 +58,8 @@ def judge(learner: Learner, loader: Loader) -> Judgement:
     model = learner.judged
     # Smoothing and class weights are for learning: without them losses of different trainings can be compared.
     loss = replace(learner.loss, smoothing=0.0, weights_C=None)
-    for each in {learner.model, model}:  # the one that is learning too: what is saved of it is of all ranks
+    # The one that is learning too: what is saved of it is of all ranks. A set would have an order on each rank.
+    for each in dict.fromkeys((learner.model, model)):
         optim.average_batch_statistics(each, learner.ranks)
     ids_V = torch.from_numpy(loader.samples.ids_N)  # ascending: a split keeps the manifest's order
     table_V5 = torch.zeros(len(ids_V), 5, dtype=torch.float64)  # predicted, loss, confidence, place, times seen

@@ -12,10 +12,11 @@ import shlex
 import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import safetensors.torch
@@ -29,20 +30,34 @@ from pipelines.labels import Csv, Labels, Regex
 from pipelines.manifest import Manifest
 from pipelines.scanning import Examine, is_current, scan
 from pipelines.store import is_store
-from trainer import checkpoint, journal, mixing, models, precision, weights
+from trainer import (
+    checkpoint,
+    compiling,
+    compression,
+    journal,
+    memory,
+    mixing,
+    models,
+    precision,
+    rehearsal,
+    watchdog,
+    weights,
+)
 from trainer.bar import counted
+from trainer.best import Best
 from trainer.config import Goal, TrainConfig
+from trainer.micro import micro_batches
 from trainer.progress import Progress
-from trainer.ranks import Ranks
+from trainer.ranks import Launcher, Ranks
 from trainer.run_folder import RunFolder, printable, write_atomic
+from trainer.stopping import StoppedError, listening
 from trainer.tracking import Tracker, TrackingMode
-
-# (run folder, goal, number of workers); returns when they have all ended well.
-Launcher = Callable[[Path, Goal, int], None]
 
 # Settings that may differ when a run goes on: the images and their order stay the same. (Another number of workers
 # draws other dropout and sees other batch statistics.)
 FREE_TO_CHANGE = {"workers", "threads", "wandb", "runs", "name", "cache", "cache_limit", "cache_keep"}
+FREE_TO_CHANGE |= {"micro_batch", "compile", "channels_last", "grad_compression", "checkpoint_every"}
+FREE_TO_CHANGE |= {"restarts", "grace", "stall", "on_nan", "resume", "restart"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +75,10 @@ class Result:
     """Everything from the scan on."""
     folder: Path
     """Where everything of the run lies."""
+    best: Best | None = None
+    """The epoch whose weights are in `best.safetensors`: the lowest error of all."""
+    advice: tuple[str, ...] = ()
+    """What the epochs say about overfitting; sentences."""
 
 
 def fine_tune(config: TrainConfig, console: Console | None = None) -> Result:
@@ -67,6 +86,7 @@ def fine_tune(config: TrainConfig, console: Console | None = None) -> Result:
 
     Raises:
         UserError: something about the data, the model or the machine that a person can mend.
+        StoppedError: a signal came, and the run ended at a checkpoint.
     """
     started = time.time()
     events, folder, manifest = _carry_out(config, "train", console or Console())
@@ -78,6 +98,8 @@ def fine_tune(config: TrainConfig, console: Console | None = None) -> Result:
         quarantine=len(manifest.quarantine) + sum(event["event"] == "quarantined" for event in events),
         seconds=time.time() - started,
         folder=folder.path,
+        best=Best(**finished["best"]) if finished.get("best") else None,
+        advice=tuple(finished.get("advice", ())),
     )
 
 
@@ -111,25 +133,45 @@ def lr_find(config: TrainConfig, console: Console | None = None) -> LrFind:
 
 
 def _carry_out(config: TrainConfig, goal: Goal, console: Console) -> tuple[list[dict[str, Any]], RunFolder, Manifest]:
+    from trainer.worker import run  # not before: it may itself be the program that runs
+
     workers = default_workers() if config.workers is None else config.workers
-    config = dataclasses.replace(config, workers=workers)
-    check_workers(workers, config.batch)
-    if config.mixup or config.cutmix:
-        mixing.check(config.batch, max(1, workers))
+    config, caught, started = dataclasses.replace(config, workers=workers), [], time.time()
+    check_workers(workers)
+    check_batch(config)
     launch = launcher(workers)
     folder, manifest = prepare(config, console)
     if goal == "train" and any(event["event"] == "finished" for event in journal.read(folder.journal)):
         console.print(f"The run {folder.path.name} was finished before; this is how it ended.")
     else:
-        with watched(folder, config.wandb, console):
-            launch(folder.path, goal, workers)
+        try:
+            with watched(folder, config.wandb, console), listening(folder.stop, config.grace) as caught:
+                launch(partial(run, folder.path, goal), workers, config.restarts, partial(note_failure, folder))
+        except memory.OutOfMemoryError as error:
+            with console.status("The memory ran out. Trying which batch fits …"):
+                raise UserError(f"{error} {rehearsal.advice(folder.read_config(), manifest, folder.initial)}") from None
     events = journal.read(folder.journal)
-    begin = max(i for i, event in enumerate(events) if event["event"] == "run")
+    begin = max(i for i, event in enumerate(events) if event["event"] == "run" and event["command"] == goal)
+    if events[-1]["event"] == "stopped" and events[begin:][0]["time"] >= started:
+        kept = [event["step"] for event in events if event["event"] == "checkpoint"]
+        told = f"the last checkpoint is of step {kept[-1]}" if kept else "there is no checkpoint yet"
+        raise StoppedError(f"stopped after step {events[-1]['step']}; {told}", *caught[:1])
     return events[begin:], folder, manifest
 
 
-def check_workers(workers: int, batch: int) -> None:
-    """Raise UserError where this machine cannot give so many workers, or the batch cannot feed them."""
+def note_failure(folder: RunFolder, reasons: dict[int, str]) -> None:
+    """Record what ended the workers; the one that writes the journal is ended, or about to be."""
+    record = journal.Journal(folder.journal)
+    for rank, stood in watchdog.notes(folder.stalled):
+        record.write("stalled", rank=rank, stood=stood)
+    for rank, reason in reasons.items():
+        record.write("warning", message=f"Worker {rank} failed ({reason.rstrip('.')}).")
+    with suppress(UserError):  # a full storage is no reason not to start again
+        record.close()
+
+
+def check_workers(workers: int) -> None:
+    """Raise UserError where this machine cannot give so many workers."""
     gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
     if gpus and workers > gpus:
         raise UserError(f"--workers {workers}: this machine has {gpus} GPUs, one for a worker. Choose {gpus} or less.")
@@ -138,11 +180,26 @@ def check_workers(workers: int, batch: int) -> None:
             f"--workers {workers}: this machine has {cores} CPU cores and no GPU, and each worker takes a core. "
             f"Choose --workers {cores} or less."
         )
-    if batch < 2 * workers:
+
+
+def check_batch(config: TrainConfig) -> None:
+    """Raise UserError where the batch cannot be divided among the workers; one to be found is no matter yet."""
+    workers = config.workers or 0
+    if config.batch == "auto":
+        return
+    if config.batch < workers:
         raise UserError(
-            f"--batch {batch} gives some of the {workers} workers fewer than two images, and batch-norm has no "
-            f"variance of one. Choose --batch {2 * workers} or more, or fewer workers."
+            f"--batch {config.batch} gives some of the {workers} workers no image. Choose --batch {2 * workers} or "
+            "more, or fewer workers."
         )
+    if config.batch < 2 * workers and not config.sync_bn:
+        raise UserError(
+            f"--batch {config.batch} gives some of the {workers} workers fewer than two images, and batch-norm has no "
+            f"variance of one. Choose --batch {2 * workers} or more, fewer workers, or --sync-bn."
+        )
+    if config.mixup or config.cutmix:
+        mixing.check(config.batch, max(1, workers))
+    micro_batches(config.batch, max(1, workers), config.micro_batch)
 
 
 def default_workers() -> int:
@@ -153,9 +210,7 @@ def default_workers() -> int:
 def launcher(workers: int) -> Launcher:
     """What starts the workers: this very process for none, else the engine registered as an entry point."""
     if workers == 0:
-        from trainer.worker import run  # not before: it may itself be the program that runs
-
-        return lambda folder, goal, _: run(folder, goal, Ranks())
+        return lambda work, *_: work(Ranks(), lambda metrics: None)
     (entry,) = importlib.metadata.entry_points(group="onewarp.launchers", name="ray")
     return entry.load()
 
@@ -166,11 +221,23 @@ def prepare(config: TrainConfig, console: Console) -> tuple[RunFolder, Manifest]
     Everything that a person can get wrong about data and model is found here, before any worker starts.
     """
     models.check_known(config.model)
+    compression.check(config.grad_compression)
+    if config.compile:
+        compiling.check(Ranks().device)
     if config.weights is not None and not config.weights.expanduser().is_file():
         raise UserError(f"--weights {config.weights}: there is no such file.")
     data, labels = resolve_data(config, console)
     name = config.name or _new_name(config.runs, data)
     folder = RunFolder(absolute(config.runs) / name)
+    if config.resume and not folder.config.exists():
+        there = sorted(path.parent.name for path in absolute(config.runs).glob("*/config.json"))
+        names = f"there are {', '.join(there[:6])}{', …' if len(there) > 6 else ''}" if there else "there is no run"
+        raise UserError(f"--resume: there is no run {name} in {config.runs}; {names}.")
+    if config.restart and folder.path.exists():
+        aside = next(p for i in itertools.count(1) if not (p := folder.path.with_name(f"{name}.before-{i}")).exists())
+        with folder.locked(patience=1):
+            folder.path.rename(aside)
+        console.print(f"restart   what was there is now {aside}", highlight=False, markup=False, soft_wrap=True)
     config = dataclasses.replace(
         config,
         data=str(data),
@@ -181,6 +248,11 @@ def prepare(config: TrainConfig, console: Console) -> tuple[RunFolder, Manifest]
         runs=absolute(config.runs),
     )
     if folder.config.exists():
+        with console.status(f"Waiting for the end of another process of the run {name} …"), folder.locked():
+            pass  # before anything is changed that it may read
+        if config.batch == "auto":
+            config = dataclasses.replace(config, batch=folder.read_config().batch)
+            check_batch(config)
         _check_same(folder, config)
         manifest = Manifest.read(folder.manifest)
         if not is_current(manifest):
@@ -195,7 +267,7 @@ def prepare(config: TrainConfig, console: Console) -> tuple[RunFolder, Manifest]
     manifest = read_images(data, labels, config, console)
     describe(manifest, config, console)
     count = len(manifest.train.share(config.subset, config.split_seed))
-    if config.batch > count:
+    if config.batch != "auto" and config.batch > count:
         part = "" if config.subset == 1 else f" of --subset {config.subset:g}"
         raise UserError(
             f"--batch {config.batch} is larger than the {count} training images{part}. "
@@ -204,12 +276,16 @@ def prepare(config: TrainConfig, console: Console) -> tuple[RunFolder, Manifest]
     check_cache(config, manifest)
     torch.manual_seed(config.seed)
     model = models.build(config.model, head=config.head, classes=len(manifest.classes), size=config.size)
+    for size in {*config.size_of_epochs} - {config.size}:
+        models.check_takes(model, config.model, size)
     if config.layer_decay is None or config.layer_groups:
         models.layer_groups(model, config.size, config.layer_groups or None)
     else:
         models.stage_groups(model, config.size)
-    source = weights.load(model, config.model, pretrained=config.pretrained, weights=config.weights)
+    source = weights.load(model, config.model, size=config.size, pretrained=config.pretrained, weights=config.weights)
     console.print(f"model     {config.model}, {config.head} head; weights: {source}", highlight=False, soft_wrap=True)
+    if config.batch == "auto":
+        config = dataclasses.replace(config, batch=largest_batch(config, manifest, model, count, console))
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         manifest.write(folder.manifest)
@@ -223,6 +299,20 @@ def prepare(config: TrainConfig, console: Console) -> tuple[RunFolder, Manifest]
             f"The run's folder {folder.path} cannot be written ({error.strerror}). Choose another --runs folder."
         ) from None
     return folder, manifest
+
+
+def largest_batch(
+    config: TrainConfig, manifest: Manifest, model: models.Classifier, count: int, console: Console
+) -> int:
+    """The largest batch that fits, for `count` images to train on, with a line that says how it was found."""
+    workers = max(1, config.workers or 0)
+    allowed = memory.bounds(count, workers, config.repeats)
+    with TemporaryDirectory(prefix="onewarp-") as scratch, console.status("Trying which batch fits …"):
+        initial = Path(scratch) / "initial.safetensors"
+        safetensors.torch.save_file(checkpoint.tensors(model), initial)
+        found = rehearsal.choose(config, manifest, initial, allowed)
+    console.print(f"batch     {found.words(workers, count)}", highlight=False, markup=False, soft_wrap=True)
+    return found.batch
 
 
 def check_cache(config: TrainConfig, manifest: Manifest) -> None:
@@ -322,8 +412,10 @@ def describe(manifest: Manifest, config: TrainConfig, console: Console) -> None:
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     if config.subset < 1:
         say(f"subset    {len(train):,} to train, {len(valid):,} to validate: {config.subset:.3g} of each class")
+    if config.batch == "auto":
+        return
     steps, left = divmod(len(train), config.batch)
-    if left:
+    if left and steps:
         words = f"{steps} of {config.batch} an epoch; the last {left} images of each epoch's order are dropped"
         say(f"batches   {words}")
 
@@ -354,7 +446,7 @@ def found(manifest: Manifest, config: TrainConfig, console: Console, where: str)
 def watched(folder: RunFolder, wandb_mode: TrackingMode, console: Console) -> Generator[None]:
     """Show and track what is written to the journal from now on, while the workers run."""
     stop = threading.Event()
-    offset = folder.journal.stat().st_size if folder.journal.exists() else 0
+    offset = journal.whole(folder.journal)
 
     with Progress(console) as progress:
 
@@ -385,6 +477,10 @@ def summary(result: Result, config: TrainConfig, console: Console) -> None:
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     say("")
     say(f"error rate  {result.error_rate:.4f}   (validation loss {result.valid_loss:.4f}, {result.seconds:.0f} s)")
+    if result.best is not None:
+        say(f"best epoch  {result.best.epoch}, error rate {result.best.error_rate:.4f}, kept in best.safetensors")
+    for sentences in result.advice:
+        say(f"note        {sentences}", style="yellow")
     if result.quarantine:
         say(f"left out    {result.quarantine} files, named in quarantine.txt")
     if result.most_confused:
@@ -398,7 +494,19 @@ def summary(result: Result, config: TrainConfig, console: Console) -> None:
 
 def _continuing(result: Result, config: TrainConfig) -> list[str]:
     """The command that trains the result further: the same data, split and settings, another seed."""
-    replaced = {"data", "name", "lr", "pretrained", "weights", "epochs", "freeze_epochs", "seed"}
+    replaced = {
+        "data",
+        "name",
+        "lr",
+        "pretrained",
+        "weights",
+        "epochs",
+        "sizes",
+        "freeze_epochs",
+        "seed",
+        "resume",
+        "restart",
+    }
     words = ["onewarp", "train", "--data", config.data]
     defaults = _flat(TrainConfig().as_dict())
     for name, value in _flat(config.as_dict()).items():

@@ -7,42 +7,64 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from pipelines.errors import UserError
 
 
 class Journal:
-    """Appends events to `path`, each flushed as a whole line; with `path=None` (other ranks) it writes nothing."""
+    """Appends events to `path`, each at once as a whole line; with `path=None` (other ranks) it writes nothing.
+
+    A storage that is full does not end the run: what it does not take is kept, and written with the next event.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self._file = None
+        self._kept = b""
+        self._lock = threading.Lock()  # checkpoints are told of by the thread that writes them
         if path is not None:
             _cut_partial_line(path)
-            self._file = path.open("a", encoding="utf-8")
+            self._file = path.open("ab", buffering=0)
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one event; numbers, strings, lists and dicts of them."""
         if self._file is not None:
-            self._file.write(json.dumps({"event": event, "time": time.time(), **fields}) + "\n")
-            self._file.flush()
+            line = json.dumps({"event": event, "time": time.time(), **fields}) + "\n"
+            with self._lock, suppress(OSError):
+                self._kept += line.encode()
+                self._drain(self._file)
 
     def close(self) -> None:
+        """Raise UserError where the storage has not taken all."""
         if self._file is not None:
-            self._file.close()
+            try:
+                self._drain(self._file)
+            except OSError as error:
+                raise UserError(
+                    f"The journal {self._file.name} cannot be written ({error.strerror}), and its last events are "
+                    "lost. Make room, and go on with the same command and the run's --name."
+                ) from None
+            finally:
+                self._file.close()
+
+    def _drain(self, file: IO[bytes]) -> None:
+        while self._kept:
+            self._kept = self._kept[file.write(self._kept) :]
 
 
 def _cut_partial_line(path: Path) -> None:
     """A process killed while writing leaves half a line: it is no event, and must not swallow the next one."""
-    if not path.exists():
-        return
-    with path.open("rb+") as file:
-        size = file.seek(0, os.SEEK_END)
-        if size == 0:
-            return
-        file.seek(size - 1)
-        if file.read(1) != b"\n":
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
+    written = path.read_bytes() if path.exists() else b""
+    end = written.rfind(b"\n") + 1
+    if end < len(written):  # of what was read: another process may be about to write
+        os.truncate(path, end)
+
+
+def whole(path: Path) -> int:
+    """Bytes up to the end of the last whole line; a worker cuts off what follows when it opens the journal."""
+    return path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
 
 
 def read(path: Path) -> list[dict[str, Any]]:

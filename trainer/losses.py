@@ -48,6 +48,10 @@ class Loss(ABC):
         """What the logits say of each class, [N, C]; rows sum to 1."""
         return logits_NC.softmax(dim=1)
 
+    def logits(self, probabilities_NC: torch.Tensor) -> torch.Tensor:
+        """Logits that have these `probabilities`, finite, [N, C]."""
+        return probabilities_NC.clamp(min=torch.finfo(probabilities_NC.dtype).tiny).log()
+
     def _shares(self, logits_NC: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Targets as smoothed shares [N, C]."""
         classes = logits_NC.shape[1]
@@ -116,6 +120,17 @@ class OneVsRest(Loss):
         """What the logits say of each class, float64 [N, C]; each row's sum may be anything from 0 to C."""
         # In float32 every logit above 17 is a certainty, and the largest of several would be lost.
         return logits_NC.double().sigmoid()
+
+    def logits(self, probabilities_NC: torch.Tensor) -> torch.Tensor:
+        return probabilities_NC.logit(eps=torch.finfo(probabilities_NC.dtype).eps)
+
+
+def named(kind: str, *, focal_gamma: float, smoothing: float = 0.0, weights_C: torch.Tensor | None = None) -> Loss:
+    """The loss that `--loss` names."""
+    common = {"smoothing": smoothing, "weights_C": weights_C}
+    if kind == "focal":
+        return Focal(gamma=focal_gamma, **common)
+    return {"cross-entropy": CrossEntropy, "one-vs-rest": OneVsRest}[kind](**common)
 
 
 def decide(probabilities_NC: torch.Tensor, threshold: float = 0.0) -> torch.Tensor:

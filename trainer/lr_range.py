@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -42,9 +42,12 @@ class RangeTest:
     suggestions: dict[str, float]
     """Rates by the name of the method; empty where the curve carries no information."""
 
-    @property
-    def chosen(self) -> float:
-        return self.suggestions.get(CHOICE, FALLBACK)
+    def choose(self, name: str) -> tuple[str, float]:
+        """The suggestion `name`, and its name: another where the curve is too short for it, or says nothing."""
+        for known in (name, CHOICE):
+            if known in self.suggestions:
+                return known, self.suggestions[known]
+        return "default", FALLBACK
 
 
 def range_test(
@@ -56,7 +59,8 @@ def range_test(
     seed: int,
     journal: Journal,
     ratios: Sequence[float] | None = None,
-) -> RangeTest:
+    asked: Callable[[], bool] = lambda: False,
+) -> RangeTest | None:
     """Raise the rate from 1e-5 to 10 over `steps` steps, on all ranks together, and leave the learner as it was.
 
     A multiplier is swept over the layer groups, so their ratios are those of training. Every decision comes from the
@@ -67,6 +71,7 @@ def range_test(
         batches: this rank's parts of the global batches, at least `steps` of them.
         ratios: rate of each layer group over that of the last (`Phase.ratios` of the phase to come); by default a
             tenth for all but the last, as in `fine_tune`'s frozen phase.
+        asked: whether this rank is asked to stop; then all leave after the same step, with `None`.
 
     Raises:
         UserError: there are too few steps for a curve, or more than anyone should wait for.
@@ -85,9 +90,17 @@ def range_test(
         for step, batch in zip(range(steps), batches, strict=False):
             lr = LOW * (HIGH / LOW) ** (step / (steps - 1))
             hyper = [lr * ratio for ratio in ratios], 0.95
-            loss = train_step(
-                learner, batch, global_batch=global_batch, hyper=hyper, noise=(seed, RANGE_TEST_EPOCH, step)
-            ).item()
+            done = train_step(
+                learner,
+                batch,
+                global_batch=global_batch,
+                hyper=hyper,
+                noise=(seed, RANGE_TEST_EPOCH, step),
+                asked=asked(),
+            )
+            loss, stop, *_ = torch.stack(done.measured).tolist()
+            if stop:
+                return None
             if not math.isfinite(loss):
                 break
             average = beta * average + (1 - beta) * loss

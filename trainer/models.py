@@ -9,16 +9,21 @@ import shlex
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import timm
+import timm.layers
+import timm.models
 import torch
 import torchvision
 from torch import nn
+from torchvision.models.vision_transformer import VisionTransformer
 
 from pipelines.errors import UserError, first_line
 
 TORCHVISION = frozenset(torchvision.models.list_models(module=torchvision.models))
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
+UNFIT = (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError)  # of a model that is asked too much
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,39 +35,69 @@ class Statistics:
 
 
 class Classifier(nn.Module):
-    """A body, images [N, 3, H, W] to features [N, F, h, w], and a head, features to logits [N, C]."""
+    """A body, images [N, 3, H, W] to features, and a head, features to logits [N, C].
+
+    Features are a map [N, F, h, w] or [N, h, w, F], or a vector [N, F] where the body pools by itself, as transformers.
+    """
 
     def __init__(self, body: nn.Module, head: nn.Module) -> None:
         super().__init__()
         self.body, self.head = body, head
+        self._order = torch.preserve_format
+
+    def ordered(self, order: torch.memory_format) -> Classifier:
+        """The same model, with its filters, and each batch that it is given, in this order in memory."""
+        self._order = order
+        return self.to(memory_format=order)
 
     def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
-        return self.head(self.body(images_NCHW))
+        return self.head(self.body(images_NCHW.to(memory_format=self._order)))
+
+    @property
+    def pooled(self) -> bool:
+        """Does the body pool by itself, and the head take a vector?"""
+        return isinstance(next(self.head.children(), None), nn.Identity)
 
 
 class ConcatPool(nn.Module):
-    """Maximum and mean over the positions, side by side: [N, F, h, w] -> [N, 2F] (fastai's AdaptiveConcatPool2d)."""
+    """Maximum and mean over the positions, side by side: map -> [N, 2F] (fastai's AdaptiveConcatPool2d).
 
-    def forward(self, features_NFHW: torch.Tensor) -> torch.Tensor:
-        return torch.cat([features_NFHW.amax(dim=(2, 3)), features_NFHW.mean(dim=(2, 3))], dim=1)
+    `positions` are the dimensions of the map that are pooled: (2, 3) of [N, F, h, w], (1, 2) of [N, h, w, F].
+    """
+
+    def __init__(self, positions: tuple[int, int] = (2, 3)) -> None:
+        super().__init__()
+        self.positions = positions
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return torch.cat([features.amax(dim=self.positions), features.mean(dim=self.positions)], dim=1)
 
 
 class MeanPool(nn.Module):
-    """Mean over the positions: [N, F, h, w] -> [N, F]."""
+    """Mean over the positions, as those of `ConcatPool`: map -> [N, F]."""
 
-    def forward(self, features_NFHW: torch.Tensor) -> torch.Tensor:
-        return features_NFHW.mean(dim=(2, 3))
+    def __init__(self, positions: tuple[int, int] = (2, 3)) -> None:
+        super().__init__()
+        self.positions = positions
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features.mean(dim=self.positions)
 
 
-def build_head(kind: str, features: int, classes: int) -> nn.Module:
-    """`fastai`: its `create_head`, same defaults, same initialisation. `plain`: mean pooling and one layer."""
+def build_head(kind: str, features: int, classes: int, positions: tuple[int, int] | None = (2, 3)) -> nn.Module:
+    """`fastai`: its `create_head`, same defaults, same initialisation. `plain`: mean pooling and one layer.
+
+    Args:
+        positions: the dimensions of a map that are pooled; None: the features are a vector, and nothing is.
+    """
     if kind == "plain":
-        return nn.Sequential(MeanPool(), nn.Linear(features, classes))
+        return nn.Sequential(MeanPool(positions) if positions else nn.Identity(), nn.Linear(features, classes))
+    pooled = 2 * features if positions else features
     head = nn.Sequential(
-        ConcatPool(),
-        nn.BatchNorm1d(2 * features),
+        ConcatPool(positions) if positions else nn.Identity(),
+        nn.BatchNorm1d(pooled),
         nn.Dropout(0.25),
-        nn.Linear(2 * features, 512, bias=False),
+        nn.Linear(pooled, 512, bias=False),
         nn.ReLU(inplace=True),
         nn.BatchNorm1d(512),
         nn.Dropout(0.5),
@@ -78,24 +113,114 @@ def build(name: str, *, head: str, classes: int, size: int) -> Classifier:
     """A classifier with fresh weights, for images of `size` pixels.
 
     Raises:
-        UserError: the name is unknown, or the model makes no feature map [N, F, h, w].
+        UserError: the name is unknown, or the model takes no images of this size; sizes near it that fit are told.
     """
-    advice = "Choose one that does, such as resnet34, convnext_tiny or tf_efficientnet_lite0."
+    check_known(name)
     try:
-        body = _body(name)
-        with torch.inference_mode():
-            features_NFHW = body.eval()(torch.zeros(1, 3, size, size))
-    except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError) as error:
-        raise UserError(
-            f"--model {name} is not a convolutional classifier, or takes no images of --size {size}: it makes no "
-            f"feature map ({first_line(error)}). {advice}"
-        ) from None
-    if features_NFHW.ndim != 4 or features_NFHW.shape[2] != features_NFHW.shape[3]:
-        raise UserError(
-            f"--model {name} is not a convolutional classifier: it makes {tuple(features_NFHW.shape)}, no feature map "
-            f"[N, F, h, w] that a head could pool. {advice}"
+        body, features = _probed(name, size)
+    except UNFIT as error:
+        near = sizes_near(name, size)
+        told = (
+            f"Sizes near it that fit: {' and '.join(map(str, near))}." if near else "Choose another --size or --model."
         )
-    return Classifier(body.train(), build_head(head, features_NFHW.shape[1], classes))
+        raise UserError(f"--model {name} takes no images of --size {size} ({first_line(error)}). {told}") from None
+    if features.ndim == 2:
+        return Classifier(body.train(), build_head(head, features.shape[1], classes, None))
+    if getattr(body, "output_fmt", "NCHW") == "NHWC":
+        return Classifier(body.train(), build_head(head, features.shape[3], classes, (1, 2)))
+    return Classifier(body.train(), build_head(head, features.shape[1], classes))
+
+
+def check_takes(model: Classifier, name: str, size: int) -> None:
+    """Raise UserError where a model that was built for one size of images does not take another."""
+    training = model.training
+    try:
+        _check_patches(model.body, size)
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, size, size))
+    except UNFIT as error:
+        raise UserError(
+            f"--model {name} takes no images of --size {size} beside its last size ({first_line(error)}). Choose other "
+            "--sizes, or a model without a fixed size: most that are made of convolutions have none."
+        ) from None
+    finally:
+        model.train(training)
+
+
+def _probed(name: str, size: int) -> tuple[nn.Module, torch.Tensor]:
+    """A fresh body, and the features that it makes of an image: a map where it can, else a vector.
+
+    Raises:
+        One of UNFIT: it does not take images of this size.
+    """
+    for pooled in (False, True):
+        try:
+            body = bare(name, size, pooled=pooled)
+            _check_patches(body, size)
+            with torch.no_grad():  # not inference_mode: some bodies keep what they compute, and train with it later
+                features = body.eval()(torch.zeros(1, 3, size, size))
+        except UNFIT:
+            if pooled:
+                raise
+            continue
+        if isinstance(features, torch.Tensor) and features.ndim in (2, 4):
+            return body, features
+    raise ValueError("its features are neither a map nor a vector")
+
+
+def _check_patches(body: nn.Module, size: int) -> None:
+    """Raise ValueError where the last pixels of each side would fill no patch, and the model would not see them."""
+    embedding = getattr(body, "patch_embed", None)
+    if not isinstance(embedding, timm.layers.PatchEmbed) or embedding.dynamic_img_pad:
+        return
+    patch = embedding.patch_size[0]
+    if size % patch:
+        raise ValueError(f"{size} is no multiple of its patches' {patch} pixels")
+
+
+def bare(name: str, size: int, *, pooled: bool, pretrained: bool = False) -> nn.Module:
+    """A classifier's body, made for images of `size` pixels where it must be made for one size.
+
+    Args:
+        pooled: keep the model's own pooling: features are a vector. Bodies of torchvision have it where they need it.
+        pretrained: with its published weights, downloaded; timm resamples position embeddings to `size`, and
+            torchvision has them for the size of the weights (`weights.load` resamples them).
+    """
+    if name in TORCHVISION:  # first, as in fastai
+        if pretrained:
+            return cut(torchvision.models.get_model(name, weights="DEFAULT"))
+        sized = {"vit": {"image_size": size}, "maxvit": {"input_size": (size, size)}}.get(name.split("_")[0], {})
+        return cut(torchvision.models.get_model(name, weights=None, **sized))
+    config = timm.get_pretrained_cfg(name)
+    options: dict[str, Any] = {} if pooled else {"global_pool": ""}
+    if config is not None and config.fixed_input_size:
+        options["img_size"] = size
+    return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+
+
+def sizes_near(name: str, size: int) -> list[int]:
+    """The next sizes below and above that the model takes: multiples of usual patches and windows, or of its own."""
+
+    def fits(candidate: int) -> bool:
+        try:
+            with torch.device("meta"):  # shapes alone: a large model costs no memory and no arithmetic
+                _probed(name, candidate)
+        except UNFIT:
+            return False
+        return True
+
+    own = own_size(name)
+    steps = (14, 16, 32, 64, own // 2, own)
+    below = sorted({size // step * step for step in steps} - {0, size}, reverse=True)
+    above = sorted({(size // step + 1) * step for step in steps})
+    found = (next(filter(fits, candidates), None) for candidates in (below, above))
+    return [candidate for candidate in found if candidate is not None]
+
+
+def own_size(name: str) -> int:
+    """Height and width, pixels, of the images that the published weights were trained on; 224 where nothing tells."""
+    config = None if name in TORCHVISION else timm.get_pretrained_cfg(name)
+    return config.input_size[-1] if config else 224
 
 
 def statistics(name: str) -> Statistics:
@@ -112,16 +237,19 @@ def statistics(name: str) -> Statistics:
     return Statistics(mean=tuple(config.mean), std=tuple(config.std))
 
 
-def _body(name: str) -> nn.Module:
-    check_known(name)
-    if name in TORCHVISION:  # first, as in fastai
-        return cut(torchvision.models.get_model(name, weights=None))
-    return timm.create_model(name, num_classes=0, global_pool="")
-
-
 def check_known(name: str) -> None:
     """Raise UserError, with similar names, unless torchvision or timm has a classifier of this name."""
-    if name in TORCHVISION or timm.is_model(name):
+    if name in TORCHVISION:
+        return
+    if timm.is_model(name):
+        try:
+            timm.get_pretrained_cfg(name)
+        except RuntimeError:
+            tags = timm.list_models(f"{name.partition('.')[0]}.*", pretrained=True)
+            raise UserError(
+                f"--model {name}: timm has the model, without weights of that name. It has "
+                + (f"{', '.join(tags)}." if tags else "none: leave out what follows the dot.")
+            ) from None
         return
     near = difflib.get_close_matches(name, sorted(TORCHVISION | set(timm.list_models())), n=5)
     raise UserError(
@@ -130,15 +258,18 @@ def check_known(name: str) -> None:
     )
 
 
-def cut(model: nn.Module) -> nn.Sequential:
-    """A torchvision classifier without what follows its feature map, and without auxiliary classifiers on the way."""
+def cut(model: nn.Module) -> nn.Module:
+    """A torchvision classifier without what follows its features, and without auxiliary classifiers on the way."""
+    if isinstance(model, VisionTransformer):
+        model.heads = nn.Sequential()  # what it computes is no sequence of its parts
+        return model
     kept: OrderedDict[str, nn.Module] = OrderedDict()
     for name, child in model.named_children():
         if name in ("AuxLogits", "aux1", "aux2"):
             continue
         if isinstance(child, (nn.AdaptiveAvgPool2d, nn.Linear)) or name in ("classifier", "avgpool"):
             break
-        kept[name] = child
+        kept[name] = nn.Sequential(*child) if isinstance(child, nn.ModuleList) else child
     return nn.Sequential(kept)
 
 
@@ -158,9 +289,11 @@ def stages(body: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def layer_groups(model: Classifier, size: int, patterns: Sequence[str] | None = None) -> list[list[nn.Parameter]]:
-    """Three groups, from the input to the head: body down to 1/8 of the resolution, the rest of the body, head.
+    """Three groups, from the input to the head: the early body, the late body, the head.
 
-    For a ResNet this is fastai's own cut (before layer3). Every parameter lies in exactly one group.
+    Early is what works at 1/8 of the resolution or more: for a ResNet this is fastai's own cut (before layer3). Where
+    there is no map, as in a transformer, or its resolution tells nothing, early are the embedding and the first half of
+    the blocks. Every parameter lies in exactly one group.
 
     Args:
         size: height and width of the images, pixels.
@@ -172,37 +305,78 @@ def layer_groups(model: Classifier, size: int, patterns: Sequence[str] | None = 
     if patterns is not None:
         return named_groups(model, patterns)
     parts = stages(model.body)
-    strides = _strides(model, parts, size)
-    boundary = next((i for i, stride in enumerate(strides) if stride > 8), len(parts))
-    early = [p for _, module in parts[:boundary] for p in module.parameters()]
-    late = [p for _, module in parts[boundary:] for p in module.parameters()]
+    early, late = _early_and_late(parts, _octaves(model, parts, size))
+    if blocks := _blocks(model, early, late):
+        half = 1 + (len(blocks) - 1) // 2
+        early, late = ([p for block in part for p in block] for part in (blocks[:half], blocks[half:]))
+    else:
+        early = [*model.body.parameters(recurse=False), *early]
     groups = [early, late, list(model.head.parameters())]
     check_partition(model, groups)
     return groups
 
 
 def stage_groups(model: Classifier, size: int) -> list[list[nn.Parameter]]:
-    """A group for each stage of the body, which is what works at one resolution, and one for the head.
+    """A group for each stage of the body, and one for the head: the groups of layer-wise decay (`schedule.layerwise`).
 
-    A ResNet has conv1 with bn1, layer1, …, layer4 and the head. The groups of layer-wise decay (`schedule.layerwise`).
+    A stage is what works at one resolution: a ResNet has conv1 with bn1, layer1, …, layer4. Where there is no map, as
+    in a transformer, or its resolution tells nothing, they are the embedding and each block, with the norms after it.
 
     Raises:
         UserError: as `layer_groups`.
     """
     parts = stages(model.body)
+    octaves = _octaves(model, parts, size)
     groups: list[list[nn.Parameter]] = [[]]
     reached = 0
-    for (_, module), stride in zip(parts, _strides(model, parts, size), strict=True):
-        octave = round(math.log2(max(stride, 1)))  # convolutions without padding nibble at the edges: 1/2.1 is 1/2
+    for (_, module), octave in zip(parts, octaves, strict=True):
         if octave > reached and groups[-1]:
             groups.append([])
         reached = max(octave, reached)
         groups[-1] += module.parameters()
     if not groups[-1]:  # a pooling at the very end
         groups.pop()
+    if blocks := _blocks(model, *_early_and_late(parts, octaves)):
+        groups = blocks
+    else:
+        groups[0] = [*model.body.parameters(recurse=False), *groups[0]]
     groups.append(list(model.head.parameters()))
     check_partition(model, groups)
     return groups
+
+
+def _early_and_late(
+    parts: list[tuple[str, nn.Module]], octaves: list[int]
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The parameters of the parts down to 1/8 of the resolution, and those after them."""
+    boundary = next((i for i, octave in enumerate(octaves) if octave > 3), len(parts))
+    early, late = (
+        [p for _, module in some for p in module.parameters()] for some in (parts[:boundary], parts[boundary:])
+    )
+    return early, late
+
+
+def _blocks(model: Classifier, early: list[nn.Parameter], late: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """The body's blocks, where it is to be divided by them; nothing where the resolution has divided a map's body."""
+    whole = early and late and {*map(id, early), *map(id, late)} == {*map(id, model.body.parameters())}
+    return [] if whole and not model.pooled else block_groups(model.body)
+
+
+def block_groups(body: nn.Module) -> list[list[nn.Parameter]]:
+    """The embedding and each block, as timm's own matcher of the model tells them apart; nothing for other bodies."""
+    if isinstance(body, VisionTransformer):
+        matcher = {"stem": r"conv_proj|encoder\.pos_embedding", "blocks": r"encoder\.layers\.encoder_layer_(\d+)"}
+    elif callable(own := getattr(body, "group_matcher", None)):
+        matcher = own(coarse=False)
+    else:
+        return []
+    if isinstance(matcher, dict):  # a few are functions, and tell each name
+        matcher = {**matcher, "rest": [("", (99999,))]}  # timm's number for: with the group before
+    named = dict(body.named_parameters())
+    tokens = [name for name in named if "." not in name]  # and position embeddings: what the body itself holds is first
+    blocks = [[name for name in names if "." in name] for names in timm.models.group_parameters(body, matcher).values()]
+    first, *others = [names for names in blocks if names]
+    return [[named[name] for name in names] for names in (tokens + first, *others)]
 
 
 def named_groups(model: Classifier, patterns: Sequence[str]) -> list[list[nn.Parameter]]:
@@ -235,21 +409,24 @@ def named_groups(model: Classifier, patterns: Sequence[str]) -> list[list[nn.Par
     return groups
 
 
-def _strides(model: Classifier, parts: list[tuple[str, nn.Module]], size: int) -> list[int]:
-    """How many pixels of the image lie side by side under one position of each part's output; 0 where it has none."""
+def _octaves(model: Classifier, parts: list[tuple[str, nn.Module]], size: int) -> list[int]:
+    """How often the resolution is halved at each part's output: 3 is 1/8; 0 too where the output is no map."""
     reached: dict[str, int] = {}
 
     def note(name: str):
         def hook(_module: nn.Module, _inputs: object, output: object) -> None:
+            if isinstance(output, tuple):  # the map, and tokens beside it
+                output = output[0]
             if isinstance(output, torch.Tensor) and output.ndim == 4:
-                reached[name] = size // output.shape[2]
+                stride = max(1, size // output.shape[2])
+                reached[name] = round(math.log2(stride))  # convolutions without padding nibble at the edges: 1/9 is 1/8
 
         return hook
 
     handles = [module.register_forward_hook(note(name)) for name, module in parts]
     training = model.training
     example_NCHW = torch.zeros(1, 3, size, size, device=next(model.parameters()).device)
-    with torch.inference_mode():
+    with torch.no_grad():
         model.body.eval()(example_NCHW)
     model.train(training)
     for handle in handles:

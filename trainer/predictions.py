@@ -35,10 +35,12 @@ def write(
     best_NK: np.ndarray,
     probabilities_NK: np.ndarray,
     classes: Sequence[str],
+    labels_N: np.ndarray | None = None,
 ) -> None:
     """Write the predictions of N images to `path`, .csv or .parquet; it appears when it is whole.
 
-    The columns are `path`, `predicted`, `probability`, then `top1`, `probability1`, … for each of the K best classes.
+    The columns are `path`, `label` where labels are known, `predicted`, `probability`, then `top1`, `probability1`, …
+    for each of the K best classes.
     Classes are told by name. `predicted` is empty where the image is none of the classes, `probability` is the best
     one's all the same.
 
@@ -46,14 +48,17 @@ def write(
         paths: of the images; one that is no text is written escaped, in quotes.
         predicted_N: classes by index, or `losses.NONE`; see `losses.decide`.
         best_NK, probabilities_NK: see `best`.
+        labels_N: true classes, by index.
 
     Raises:
         UserError: the name ends in neither, or the file cannot be written.
     """
     check(path)
     names = np.array([*classes, None], dtype=object)  # at -1, `losses.NONE`, stands nothing
-    columns = {
-        "path": pa.array([printable(name) for name in paths], pa.string()),
+    columns = {"path": pa.array([printable(name) for name in paths], pa.string())}
+    if labels_N is not None:
+        columns["label"] = pa.array(names[labels_N], pa.string())
+    columns |= {
         "predicted": pa.array(names[predicted_N], pa.string()),
         "probability": pa.array(probabilities_NK[:, 0], pa.float32()),
     }

@@ -44,6 +44,7 @@ class Progress:
         self._step: Mapping[str, Any] | None = None  # the latest step or range_step of the phase
         self._start: tuple[int, float] | None = None  # (steps done, time) that the speed is measured from
         self._has_header = False
+        self._sized = False  # whether the epochs differ in size, which then has a column
         self._next_line = -math.inf
 
     def __enter__(self) -> Self:
@@ -70,6 +71,7 @@ class Progress:
     def _show(self, event: Mapping[str, Any]) -> None:
         match event["event"]:
             case "run":
+                self._sized = bool(event.get("config", {}).get("sizes"))
                 # After a restart the speed is another, and so may the phase be, which says so itself.
                 self._step = self._start = None
                 if event.get("resumed_from") is not None:
@@ -86,6 +88,14 @@ class Progress:
             case "quarantined":
                 self._say(
                     f"left out  {printable(event['path'])}: {event['reason']} (found in training)", style="yellow"
+                )
+            case "bad_batch":
+                then = {"stop": "the run stops", "skip": "it is passed over", "rewind": "back to the last checkpoint"}
+                where = f"batch {event['step']} of epoch {event['epoch']}"
+                self._say(f"warning: the loss of {where} is {event['loss']}; {then[event['action']]}", style="yellow")
+            case "stalled":
+                self._say(
+                    f"warning: worker {event['rank']} stood still (--stall); the journal tells where", style="yellow"
                 )
             case "warning":
                 self._say(f"warning: {event['message']}", style="yellow")
@@ -106,17 +116,21 @@ class Progress:
     def _on_epoch(self, event: Mapping[str, Any]) -> None:
         if not self._has_header:
             self._has_header = True
-            self._say("  ".join(name.rjust(width) for name, width in COLUMNS), style="bold")
+            self._say("  ".join(name.rjust(width) for name, width in self._columns()), style="bold")
         cells = (
             str(event["epoch"]),
+            *([str(event["size"])] if self._sized else []),
             _number(event["train_loss"], ".4f"),
             _number(event["valid_loss"], ".4f"),
             _number(event["error_rate"], ".4f"),
             _number(event["images_per_second"], ",.0f"),
             _duration(event["seconds"]),
         )
-        self._say("  ".join(cell.rjust(width) for cell, (_, width) in zip(cells, COLUMNS, strict=True)))
+        self._say("  ".join(cell.rjust(width) for cell, (_, width) in zip(cells, self._columns(), strict=True)))
         self._next_line = event["time"] + SECONDS_BETWEEN_LINES
+
+    def _columns(self) -> tuple[tuple[str, int], ...]:
+        return (*COLUMNS[:1], ("size", 4), *COLUMNS[1:]) if self._sized else COLUMNS
 
     def _say(self, line: str, style: str = "") -> None:
         # A Text, not markup: a path or a class may hold brackets. Off a terminal a line is never broken.
@@ -161,11 +175,18 @@ class Progress:
         if self._step is None or self._start is None or self._phase is None:
             return []
         start, begun = self._start
-        done = self._done(self._step)
-        if done <= start:
+        before, done, whole = (self._work(steps) for steps in (start, self._done(self._step), self._phase["steps"]))
+        if done <= before:
             return []
-        seconds = (self._step["time"] - begun) / (done - start) * max(self._phase["steps"] - done, 0)
+        seconds = (self._step["time"] - begun) / (done - before) * max(whole - done, 0)
         return [f"{_duration(seconds)} left"]
+
+    def _work(self, steps: int) -> float:
+        """The work of the phase's first `steps` steps: where its epochs differ in size, it is their pixels."""
+        phase = self._phase or {}
+        sizes = phase.get("sizes") or [1]
+        each = phase["steps"] / len(sizes)
+        return sum(size**2 * min(max(steps - number * each, 0), each) for number, size in enumerate(sizes))
 
     def _bar(self) -> RenderableType:
         phase = self._phase
@@ -196,6 +217,7 @@ def short_lr(lr: float) -> str:
 def _choice(event: Mapping[str, Any]) -> str:
     chosen = event["chosen"]
     names = [name for name, lr in event["suggestions"].items() if lr == chosen]
+    names.sort(key=lambda name: name != event.get("choice"))  # two methods may suggest the same
     return f"learning rate {short_lr(chosen)}" + (f" ({names[0]})" if names else "")
 
 

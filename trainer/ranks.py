@@ -1,11 +1,12 @@
-"""What a worker knows of the others: its place among them, and sums over all of them."""
+"""What a worker knows of the others: its place among them, and sums over all of them; and what a worker is."""
 
 from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,15 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
+    def stack(self, values_V: torch.Tensor) -> torch.Tensor:
+        """The vectors of all R ranks, [R, V], on each of them."""
+        if self.world_size == 1:
+            return values_V[None]
+        there_V = values_V.to(self.device)
+        rows = [torch.empty_like(there_V) for _ in range(self.world_size)]
+        dist.all_gather(rows, there_V)
+        return torch.stack(rows).to(values_V.device)
+
     def gather(self, values: list[T]) -> list[T]:
         """The lists of all ranks, one behind the other, on each of them; the values are pickled."""
         if self.world_size == 1:
@@ -46,3 +56,19 @@ class Ranks:
         lists: list[list[T]] = [[] for _ in range(self.world_size)]
         dist.all_gather_object(lists, values)
         return list(itertools.chain.from_iterable(lists))
+
+
+Report = Callable[[dict[str, float]], None]
+"""Tells metrics to an engine that watches the workers; each calls it equally often, and waits for the others in it."""
+
+Work = Callable[[Ranks, Report], None]
+"""What each worker does. It is pickled to get there; what it finds out it leaves in files."""
+
+Failed = Callable[[dict[int, str]], None]
+"""Told of workers that failed and are started again: what ended each, by rank. It is pickled to get there."""
+
+
+class Launcher(Protocol):
+    """Starts so many workers, and returns when they have all ended well; see `cluster.launch.launch`."""
+
+    def __call__(self, work: Work, workers: int, restarts: int = 0, failed: Failed | None = None, /) -> None: ...

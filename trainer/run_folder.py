@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipelines.errors import UserError
 from pipelines.manifest import Quarantined
 from trainer.config import TrainConfig
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 @dataclass(frozen=True)
@@ -51,15 +58,62 @@ class RunFolder:
         """The weights at the end."""
         return self.path / "model.safetensors"
 
+    @property
+    def best(self) -> Path:
+        """The weights of the epoch with the lowest validation error."""
+        return self.path / "best.safetensors"
+
+    @property
+    def stop(self) -> Path:
+        """Asks the workers, while it is there, to write a checkpoint and to end."""
+        return self.path / "stop"
+
+    @property
+    def stalled(self) -> Path:
+        """Where workers that stand still note where they stand, until that is in the journal."""
+        return self.path / "stalled"
+
+    @contextmanager
+    def locked(self, patience: float = 30.0) -> Generator[None]:
+        """Be the only process that writes here; one that was killed may take `patience` seconds to be gone.
+
+        On a storage that has no locks nobody is kept out.
+
+        Raises:
+            UserError: another process goes on writing.
+        """
+        deadline = time.monotonic() + patience
+        with (self.path / ".lock").open("a") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError as error:
+                    if error.errno in _NO_LOCKS:
+                        break
+                    if error.errno not in (errno.EAGAIN, errno.EACCES):
+                        raise
+                    if time.monotonic() > deadline:
+                        raise UserError(
+                            f"The run {self.path} is going on in another process. Wait for its end, or stop it."
+                        ) from None
+                    time.sleep(0.2)
+            yield
+
     def figure(self, name: str) -> Path:
         return self.path / f"{name}.png"
 
     def write_quarantine(self, left_out: Iterable[Quarantined]) -> None:
         """List the files that are left out."""
-        write_atomic(self.quarantine, "".join(f"{printable(bad.path)}\t{bad.reason}\n" for bad in left_out))
+        write_quarantine(self.quarantine, left_out)
 
     def read_config(self) -> TrainConfig:
         return TrainConfig.read(self.config)
+
+
+def write_quarantine(path: Path, left_out: Iterable[Quarantined]) -> None:
+    """List files that are left out: path, tab, reason."""
+    write_atomic(path, "".join(f"{printable(bad.path)}\t{bad.reason}\n" for bad in left_out))
 
 
 def printable(path: str) -> str:

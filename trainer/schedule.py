@@ -171,6 +171,30 @@ Rates = float | slice | Sequence[float]
 last group's, a tenth for the others. A sequence: one for each."""
 
 
+def read_rates(lr: float | str) -> float | slice:
+    """A rate as the command line has it: a number, `LOW:HIGH` as `slice(low, high)`, or `:HIGH` as `slice(high)`.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    text = str(lr)
+    try:
+        bounds = [float(bound) for bound in text.removeprefix(":").split(":")]
+    except ValueError:
+        bounds = []
+    if not 1 <= len(bounds) <= 2 - text.startswith(":") or not 0 < bounds[0] <= bounds[-1] < math.inf:
+        raise UserError(
+            f"--lr is {text}; it must be a number greater than 0, as 1e-3, or the rates of the first layers and of the "
+            "head, LOW:HIGH, as 1e-6:1e-4, or :HIGH."
+        )
+    return slice(*bounds) if ":" in text else bounds[0]
+
+
+def rates_in_words(lr: slice) -> str:
+    """`LOW:HIGH` or `:HIGH`, in one spelling for each value."""
+    return ":".join("" if bound is None else str(float(bound)) for bound in (lr.start, lr.stop))
+
+
 def rates(lr: Rates, groups: int) -> tuple[float, ...]:
     """The rate of each of `groups` layer groups, as fastai reads its `lr`.
 

@@ -92,7 +92,9 @@ class Tracker:
                 self._summarise({"chosen_lr": event["chosen"]})
             case "step":
                 self._global_step = event["step"]
-                values = {f"train/{key}": event.get(key) for key in ("loss", "images_per_second", "data_wait")}
+                values = {
+                    f"train/{key}": event.get(key) for key in ("loss", "grad_norm", "images_per_second", "data_wait")
+                }
                 # Layer groups from the first layers to the head.
                 rates = {f"lr/group_{index}": lr for index, lr in enumerate(event["lr"])}
                 self._log({"global_step": event["step"]} | values | rates)
@@ -166,6 +168,7 @@ class Tracker:
             )
         self._log(values)
         self._summarise({key: event.get(key) for key in ("error_rate", "valid_loss", "seconds")})
+        self._summarise({f"best/{key}": value for key, value in (event.get("best") or {}).items()})
 
     def _log(self, values: Mapping[str, Any]) -> None:
         run = self._run

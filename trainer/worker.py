@@ -6,17 +6,18 @@ Every rank runs `run`; rank 0 alone writes. `python -m trainer.worker --config r
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import nvidia.dali
 import safetensors.torch
 import torch
@@ -27,18 +28,35 @@ from pipelines.geometry import Centre
 from pipelines.loader import Batch, Loader
 from pipelines.manifest import Manifest, Quarantined, Samples
 from pipelines.plan import RANGE_TEST_EPOCH, balanced
-from trainer import checkpoint, evaluate, figures, losses, models, optim, precision, schedule
+from trainer import (
+    batchnorm,
+    checkpoint,
+    evaluate,
+    figures,
+    losses,
+    memory,
+    models,
+    optim,
+    precision,
+    schedule,
+    stopping,
+    top_losses,
+)
+from trainer.best import Best, kept, taken_up
 from trainer.config import Goal, TrainConfig
 from trainer.ema import Ema
+from trainer.guard import Guard, RewindError, chance_of, rewound
 from trainer.interpret import confusion_matrix, most_confused
-from trainer.journal import Journal
+from trainer.journal import Journal, read
 from trainer.loop import Learner, train_epoch
 from trainer.lr_range import range_test
+from trainer.micro import micro_batches
 from trainer.mixing import Mixing
-from trainer.ranks import Ranks
+from trainer.overfitting import advice, standard_errors
+from trainer.position import Position
+from trainer.ranks import Ranks, Report
 from trainer.run_folder import RunFolder
-
-Report = Callable[[dict[str, float]], None]
+from trainer.watchdog import FIRST, Watchdog
 
 
 def run(path: Path, goal: Goal, ranks: Ranks, report: Report = lambda metrics: None) -> None:
@@ -49,23 +67,37 @@ def run(path: Path, goal: Goal, ranks: Ranks, report: Report = lambda metrics: N
         goal: the whole training, or the range test alone.
         ranks: this process among the others; the process group is up.
         report: told the metrics of each epoch, on every rank (an engine that watches the run).
+
+    Raises:
+        OutOfMemoryError: there was not enough memory for the batch.
     """
-    with ExitStack() as closing:
-        _run(path, goal, ranks, report, closing)
+    while True:
+        try:
+            with memory.told(ranks.rank), ExitStack() as closing:
+                return _run(path, goal, ranks, report, closing)
+        except RewindError:  # on all ranks after the same step
+            pass
+        gc.collect()  # the model that was, before there is another
 
 
 def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, closing: ExitStack) -> None:
     started = time.time()
     folder, lead = RunFolder(path), ranks.rank == 0
     config = folder.read_config()
+    if lead:
+        closing.enter_context(folder.locked(patience=300))  # a worker that was killed may hang on its disk
     journal = Journal(folder.journal if lead else None)
     closing.callback(journal.close)
+    asked = partial(stopping.asked, folder.stop if lead else None)
+    watchdog = Watchdog(folder.stalled, ranks, config.stall if config.workers else None)
+    closing.callback(watchdog.close)
     threads = config.threads or ranks.cores
     torch.set_num_threads(threads)
 
     # Data
     manifest = Manifest.read(folder.manifest)
     numbers = precision.resolve(config.precision, ranks.device)
+    numbers.set_tf32()
     statistics = models.statistics(config.model)
     train_samples, valid_samples = (
         part.share(config.subset, config.split_seed) for part in (manifest.train, manifest.valid)
@@ -80,9 +112,9 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, closing: ExitStac
                 warn=lambda message: journal.write("warning", message=message),
             )
         )
+    sizes = config.size_of_epochs
     common: dict[str, Any] = {
-        "size": config.size,
-        "global_batch": config.batch,
+        "global_batch": config.global_batch,
         "seed": config.seed,
         "rank": ranks.rank,
         "world_size": ranks.world_size,
@@ -94,15 +126,22 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, closing: ExitStac
         "half": numbers.half_images,
         "quality": config.quality,
         "cache": cache,
+        "on_batch": partial(watchdog.beat, FIRST if config.compile else 1.0),
     }
     weights_N = balanced(train_samples.labels_N) if config.sampling == "balanced" else None
-    train = Loader(train_samples, augment=config.augment, weights_N=weights_N, repeats=config.repeats, **common)
-    valid = Loader(valid_samples, augment=Centre(crop_pct=config.crop_pct), **common)
+    train_at = partial(
+        Loader, train_samples, augment=config.augment, weights_N=weights_N, repeats=config.repeats, **common
+    )
+    train = train_at(size=sizes[0])
+    valid = Loader(valid_samples, augment=Centre(crop_pct=config.crop_pct), size=config.size, **common)
 
     # Model and optimiser
     model = models.build(config.model, head=config.head, classes=len(manifest.classes), size=config.size)
     model.load_state_dict(safetensors.torch.load_file(folder.initial))
-    model = model.to(device=ranks.device).to(memory_format=torch.channels_last)
+    model = model.to(device=ranks.device)
+    model = model.ordered(torch.channels_last if config.channels_last else torch.contiguous_format)
+    if config.sync_bn:
+        model = batchnorm.synchronised(model, ranks)
     optimizer = optim.build(
         model,
         config.weight_decay,
@@ -121,8 +160,14 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, closing: ExitStac
         mixing=Mixing(mixup=config.mixup, cutmix=config.cutmix),
         classes=len(manifest.classes),
         ema=None if config.ema is None else Ema(model, config.ema),
+        micro_batches=micro_batches(config.global_batch, ranks.world_size, config.micro_batch),
+        clip_norm=config.clip_norm or optim.CLIP_NORM.get(config.optimizer),
+        compression=config.grad_compression,
+        compile=config.compile,
     )
-    resumed = checkpoint.load(folder.checkpoints, learner) if goal == "train" else None
+    checkpoints = checkpoint.Checkpoints(folder.checkpoints, ranks, journal, every=config.checkpoint_every)
+    closing.callback(checkpoints.wait)
+    resumed = checkpoints.load(learner) if goal == "train" else None
     journal.write(
         "run",
         name=path.name,
@@ -142,33 +187,35 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, closing: ExitStac
             "torch": torch.__version__,
             "dali": nvidia.dali.__version__,
         },
-        resumed_from=resumed and resumed.epoch * train.steps,
+        resumed_from=resumed and resumed.epoch * train.steps + resumed.step,
     )
-    if lead and not resumed:
+    if lead and not resumed and not folder.figure("show_batch").exists():
         show_batch(folder, train, manifest.classes)
 
     # Learning rate
     base_lr = resumed.base_lr if resumed else config.lr
     if base_lr is None or goal == "lr-find":
-        first = phases_of(config, 1.0, groups, train.steps)[0]
+        first = phases_of(config, config.lr or 1.0, groups, train.steps)[0]
         learner.train(first_group=first.freeze_to, train_bn=config.train_bn)
         journal.write("phase", phase="lr_find", epochs=0, steps=config.lr_find_steps, lr=[], first_step=0)
         curve = range_test(
             learner,
             endless(train),
-            global_batch=config.batch,
+            global_batch=config.global_batch,
             ratios=first.ratios,
             steps=config.lr_find_steps,
             seed=config.seed,
             journal=journal,
+            asked=asked,
         )
-        base_lr = curve.chosen
-        if not curve.suggestions:
-            journal.write(
-                "warning",
-                message=f"The range test's curve says nothing about the learning rate; going on with {base_lr:g}.",
-            )
-        journal.write("range_result", suggestions=curve.suggestions, chosen=base_lr)
+        if curve is None:
+            journal.write("stopped", step=0)
+            return
+        choice, base_lr = curve.choose(config.lr_choice)
+        if choice != config.lr_choice:
+            lacks = "is too short for slide" if curve.suggestions else "says nothing about the learning rate"
+            journal.write("warning", message=f"The range test's curve {lacks}; going on with {base_lr:g} ({choice}).")
+        journal.write("range_result", suggestions=curve.suggestions, chosen=base_lr, choice=choice)
         if lead:
             figures.plot_lr_find(
                 folder.figure("lr_find"), curve.lrs, curve.losses, curve.smoothed, curve.suggestions, base_lr
@@ -178,13 +225,29 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, closing: ExitStac
 
     # Training
     judgement = None
+    best = None
+    guard = Guard(
+        action=config.on_nan,
+        chance=chance_of(learner.loss, len(manifest.classes)),
+        left_out=frozenset(ranks.gather(rewound(read(folder.journal)) if lead else [])),
+    )
+    if lead and resumed:
+        # The weights at hand are those of the epoch before, where it is that which is over.
+        at_hand = None if resumed.step else resumed.epoch - 1
+        best = taken_up(folder.best, resumed.best, checkpoint.tensors(learner.judged), at_hand)
+        if best != resumed.best:
+            journal.write("warning", message=f"The weights in {folder.best.name} are gone: the best are sought anew.")
     lost: dict[int, Quarantined] = {}  # files gone bad since the scan
     for phase in phases_of(config, base_lr, groups, train.steps):
         epochs = range(phase.first_epoch, phase.first_epoch + phase.epochs)
         begin = max(epochs.start, resumed.epoch if resumed else 0)
         if begin >= epochs.stop:
             continue
-        updates = resumed.updates if resumed and begin == resumed.epoch > epochs.start else 0
+        if resumed and begin == resumed.epoch and (begin > epochs.start or resumed.step):
+            position = replace(resumed, best=best)
+        else:
+            position = Position(epoch=begin, base_lr=base_lr, best=best)
+            optim.forget(optimizer)
         learner.train(first_group=phase.freeze_to, train_bn=config.train_bn)
         journal.write(
             "phase",
@@ -193,16 +256,32 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, closing: ExitStac
             steps=phase.epochs * train.steps,
             lr=list(phase.lrs),
             first_step=epochs.start * train.steps,
+            sizes=list(sizes[epochs.start : epochs.stop]),
         )
         for epoch in range(begin, epochs.stop):
             clock = time.perf_counter()
-            train_loss, updates, speed = train_epoch(
-                learner, train, phase, epoch, updates=updates, seed=config.seed, journal=journal
+            if train.size != sizes[epoch]:
+                train = train_at(size=sizes[epoch])
+            start = position
+            steps = train_epoch(
+                learner, train, phase, start, seed=config.seed, journal=journal, asked=asked, guard=guard
             )
+            for position in steps:
+                done = epoch * train.steps + position.step
+                if position.step < train.steps and checkpoints.due(done):
+                    checkpoints.save(learner, position, done, needed=False)
+            if position.step < train.steps:
+                watchdog.close()
+                if checkpoints.last < done:
+                    checkpoints.save(learner, position, done)
+                checkpoints.wait()
+                journal.write("stopped", step=done)
+                return
+            speed = config.global_batch * (train.steps - start.step) / (time.perf_counter() - clock)
             judgement = evaluate.judge(learner, valid)
             measured = judgement.metrics(manifest.classes)
             metrics = {
-                "train_loss": train_loss,
+                "train_loss": position.loss_sum / position.losses,
                 "valid_loss": judgement.loss,
                 "error_rate": judgement.error_rate,
                 "top5_accuracy": measured.top5_accuracy,
@@ -213,14 +292,18 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, closing: ExitStac
                 "epoch",
                 epoch=epoch,
                 phase=phase.name,
+                size=train.size,
                 **metrics,
+                standard_errors=standard_errors(judgement.labels_N, judgement.predicted_N, judgement.losses_N),
                 images_per_second=speed,
                 seconds=time.perf_counter() - clock,
             )
-            if lead:
-                position = checkpoint.Position(epoch=epoch + 1, updates=updates, base_lr=base_lr)
-                saved = checkpoint.save(folder.checkpoints, learner, position)
-                journal.write("checkpoint", step=(epoch + 1) * train.steps, path=str(saved.relative_to(path)))
+            this = Best(epoch=epoch, error_rate=judgement.error_rate, valid_loss=judgement.loss)
+            best = this if this.beats(best) else best
+            position = Position(epoch=epoch + 1, updates=position.updates, base_lr=base_lr, best=best)
+            checkpoints.save(
+                learner, position, position.epoch * train.steps, best=folder.best if best is this else None
+            )
             for spoiled in ranks.gather([*train.spoiled, *valid.spoiled]):
                 if spoiled.id not in lost:
                     lost[spoiled.id] = Quarantined(path=spoiled.path, reason=spoiled.reason)
@@ -232,35 +315,50 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, closing: ExitStac
     # Judgement and files
     if judgement is None:  # every epoch was done before, only the end was missing
         judgement = evaluate.judge(learner, valid)
+    watchdog.close()
     if lead:
         confusion_CC = confusion_matrix(judgement.labels_N, judgement.predicted_N, manifest.classes)
         figures.plot_confusion(folder.figure("confusion"), confusion_CC, manifest.classes)
-        show_top_losses(folder, valid, judgement, manifest.classes)
+        top_losses.draw(folder.figure("top_losses"), valid, judgement, manifest.classes)
         safetensors.torch.save_file(checkpoint.tensors(learner.judged), folder.model)
+        checkpoints.wait()
+        if kept(folder.best) != best:
+            message = f"The storage did not take the weights of epoch {best and best.epoch}, which was the best."
+            journal.write("warning", message=message)
+            best = kept(folder.best)
+        epochs = {event["epoch"]: event for event in read(folder.journal) if event["event"] == "epoch"}
         journal.write(
             "finished",
             error_rate=judgement.error_rate,
             valid_loss=judgement.loss,
             per_class=[asdict(row) for row in judgement.metrics(manifest.classes).per_class],
             most_confused=[list(row) for row in most_confused(confusion_CC, manifest.classes)[:5]],
+            best=best and asdict(best),
+            advice=advice(
+                [epochs[epoch] for epoch in sorted(epochs)], len(judgement.labels_N), sizes=bool(config.sizes)
+            ),
             seconds=time.time() - started,
             run_folder=str(path),
         )
 
 
-def phases_of(config: TrainConfig, lr: float, groups: int, steps_per_epoch: int) -> list[schedule.Phase]:
-    """The phases of a training whose head's peak rate is `lr`."""
+def phases_of(config: TrainConfig, lr: float | str, groups: int, steps_per_epoch: int) -> list[schedule.Phase]:
+    """The phases of a training at the rate `lr`, as in `TrainConfig.lr`."""
+    rate = schedule.read_rates(lr)
     common = {"groups": groups, "steps_per_epoch": steps_per_epoch, "epochs": config.epochs}
     if config.schedule == "fine-tune":
+        assert not isinstance(rate, slice), "refused by TrainConfig"
         return schedule.fine_tune(
-            base_lr=lr, freeze_epochs=config.freeze_epochs, layer_decay=config.layer_decay, **common
+            base_lr=rate, freeze_epochs=config.freeze_epochs, layer_decay=config.layer_decay, **common
         )
     fit = {
         "one-cycle": schedule.fit_one_cycle,
         "flat-cos": schedule.fit_flat_cos,
         "warmup-linear": schedule.fit_warmup_linear,
     }[config.schedule]
-    return fit(lr=lr if config.layer_decay is None else schedule.layerwise(lr, groups, config.layer_decay), **common)
+    if config.layer_decay is None or isinstance(rate, slice):
+        return fit(lr=rate, **common)
+    return fit(lr=schedule.layerwise(rate, groups, config.layer_decay), **common)
 
 
 def loss_of(config: TrainConfig, samples: Samples, device: torch.device) -> losses.Loss:
@@ -269,10 +367,9 @@ def loss_of(config: TrainConfig, samples: Samples, device: torch.device) -> loss
     if config.class_weights != "none":
         weights = losses.class_weights(samples.labels_N, len(samples.classes), config.class_weights)
         weights_C = torch.from_numpy(weights).float().to(device)
-    common = {"smoothing": config.label_smoothing, "weights_C": weights_C}
-    if config.loss == "focal":
-        return losses.Focal(gamma=config.focal_gamma, **common)
-    return {"cross-entropy": losses.CrossEntropy, "one-vs-rest": losses.OneVsRest}[config.loss](**common)
+    return losses.named(
+        config.loss, focal_gamma=config.focal_gamma, smoothing=config.label_smoothing, weights_C=weights_C
+    )
 
 
 def endless(loader: Loader) -> Iterator[Batch]:
@@ -285,21 +382,6 @@ def show_batch(folder: RunFolder, loader: Loader, classes: tuple[str, ...]) -> N
     batch = next(loader.epoch(0))
     titles = [classes[label] for label in batch.labels_N.tolist()]
     figures.plot_batch(folder.figure("show_batch"), loader.pictures(batch)[:16], titles[:16])
-
-
-def show_top_losses(folder: RunFolder, loader: Loader, judgement: evaluate.Judgement, classes: tuple[str, ...]) -> None:
-    """Draw the validation images that the model is most wrong about."""
-    worst = np.argsort(-judgement.losses_N, kind="stable")[:9]
-    samples = loader.samples.subset(judgement.positions_N[worst])
-    pictures: dict[int, np.ndarray] = {}
-    for batch in loader.alone(samples).epoch(0):
-        pictures.update(zip(batch.ids_N.tolist(), loader.pictures(batch), strict=True))
-    title = {
-        id: f"{classes[judgement.predicted_N[i]]} / {classes[judgement.labels_N[i]]} / "
-        f"{judgement.losses_N[i]:.2f} / {judgement.confidence_N[i]:.2f}"
-        for id, i in zip(samples.ids_N.tolist(), worst, strict=True)
-    }
-    figures.plot_top_losses(folder.figure("top_losses"), list(pictures.values()), [title[id] for id in pictures])
 
 
 def main() -> None:

@@ -42,6 +42,7 @@ def test_the_interval_of_a_mean():
 class SomeOptions(Options):
     warm_up: int = 3
     seconds: float = 2.0
+    seeds: tuple[int, ...] = (0, 1)
 
 
 @pytest.fixture
@@ -49,7 +50,9 @@ def record(tmp_path):
     return Record(
         title="Two ways",
         module="benchmarks.some",
-        options=SomeOptions(data="my photographs", quick=True, warm_up=5, json=tmp_path / "new" / "some.json"),
+        options=SomeOptions(
+            data="my photographs", quick=True, warm_up=5, seeds=(3, 4), json=tmp_path / "new" / "some.json"
+        ),
         figures=[
             Figure(row="ours", column="img/s", samples=[900.0, 1000.0, 1100.0]),
             Figure(row="theirs", column="img/s", samples=[90.0, 100.0, 110.0]),
@@ -62,13 +65,14 @@ def record(tmp_path):
 def test_a_record_holds_every_sample_and_how_to_ask_again(record, capsys):
     record.publish()
     written = json.loads(record.options.json.read_text())
-    assert written["command"] == "python -m benchmarks.some --data 'my photographs' --quick --warm-up 5"
+    assert written["command"] == "python -m benchmarks.some --data 'my photographs' --quick --warm-up 5 --seeds 3 4"
     assert written["config"] == {
         "data": "my photographs",
         "threads": 2,
         "quick": True,
         "warm_up": 5,
         "seconds": 2.0,
+        "seeds": [3, 4],
     }
     ours, _, mean = written["figures"]
     assert ours["samples"] == [900, 1000, 1100] and ours["n"] == 3

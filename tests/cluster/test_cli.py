@@ -6,7 +6,7 @@ import sys
 import pytest
 from PIL import Image
 
-VERBS = ("train", "lr-find", "scan", "pack", "show-batch", "summary")
+VERBS = ("train", "lr-find", "evaluate", "predict", "scan", "pack", "show-batch", "summary")
 
 
 def test_the_installed_command_answers(tmp_path):
@@ -28,7 +28,8 @@ def test_the_installed_command_answers(tmp_path):
 def test_help_reads(onewarp, tmp_path, words):
     told = onewarp(*words)
     assert told.returncode == 0
-    assert f"{{{','.join(VERBS)}}}" in told.stdout or "--label-regex" in told.stdout
+    words_of_its_own = {"--help": f"{{{','.join(VERBS)}}}", "predict": "--threshold"}
+    assert words_of_its_own.get(words[0], "--label-regex") in told.stdout
     assert list(tmp_path.iterdir()) == []
 
 
@@ -37,6 +38,12 @@ def test_help_reads(onewarp, tmp_path, words):
     [
         (["--data", "/nowhere"], "/nowhere"),
         (["--size", "7"], "--size is 7"),
+        (["--sizes", "64:1,96"], "--sizes is '64:1,96'"),
+        (["--sizes", "64:1,96:2", "--epochs", "4"], "--epochs is 4; it must be left out with --sizes"),
+        # 3 is the default; where it is given, it contradicts
+        (["--sizes", "64:1,96:1", "--epochs", "3"], "--epochs is 3; it must be left out with --sizes"),
+        (["--lr", "1e-6:1e-4"], "--lr is 1e-6:1e-4; it must be one number with --schedule fine-tune"),
+        (["--lr", "fast", "--schedule", "one-cycle"], "--lr is fast; it must be a number greater than 0"),
         (["--data", "DATA", "--workers", "99", "--no-pretrained"], "--workers 99"),
         (["--data", "DATA", "--model", "resnet34x", "--workers", "0"], "--model resnet34x is unknown"),
     ],

@@ -120,6 +120,9 @@ def test_ray_gives_the_same_manifest(onewarp, hostile, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the package, installed on each machine
     assert onewarp("scan", hostile.root, "--out", "here").returncode == 0
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as scratch:  # short, for Ray's sockets
+        # Where it notes its address: by default a folder in /tmp that is not there before Ray's first run.
+        monkeypatch.setenv("RAY_TMPDIR", scratch)
+        Path(scratch, "ray").mkdir()
         arguments = {"num_cpus": 2, "object_store_memory": 100 * 2**20, "temp_dir": scratch}
         cluster = Cluster(initialize_head=True, head_node_args=arguments)
         try:

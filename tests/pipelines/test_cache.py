@@ -3,7 +3,6 @@
 import errno
 import multiprocessing
 import os
-import resource
 import signal
 import time
 from dataclasses import replace
@@ -18,6 +17,7 @@ from pipelines.cache import Cache
 from pipelines.errors import UserError
 from pipelines.scanning import scan
 from pipelines.store import aligned
+from tests.full_disk import files_no_larger_than
 
 FORK = multiprocessing.get_context("fork")
 N = 120
@@ -153,6 +153,26 @@ def test_opening_while_others_close(manifest, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_cache_that_goes_as_another_is_about_to_join_it_is_made_anew(manifest, tmp_path, monkeypatch):
+    seen = []
+
+    def removed_at_once(path, *rest):
+        if path != tmp_path:
+            seen.append(path)
+        if seen == [path]:
+            raise FileExistsError(errno.EEXIST, "File exists", path)
+        mkdir(path, *rest)
+
+    mkdir = os.mkdir
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "mkdir", removed_at_once)
+        cache = Cache.open(manifest, parent=tmp_path)
+    with cache:
+        fill(cache, manifest, range(N))
+        assert agree(cache, manifest) == N
+    assert seen == [cache.folder] * 2
+
+
 def write_until_killed(manifest, parent):
     with Cache.open(manifest, parent=parent) as cache:
         while True:
@@ -281,16 +301,12 @@ def test_one_limit_at_a_time(manifest, tmp_path):
 
 def test_a_full_disk_stops_the_cache_and_nothing_else(manifest, tmp_path):
     told = []
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     with (
         Cache.open(manifest, parent=tmp_path, warn=told.append) as cache,
         Cache.open(manifest, parent=tmp_path) as other,
     ):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, before[1]))  # writing beyond fails, as on a full disk
-        try:
+        with files_no_larger_than(300_000):
             fill(cache, manifest, range(N))
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
         (message,) = told
         assert os.strerror(errno.EFBIG) in message and str(tmp_path) in message
         assert 0 < agree(cache, manifest) < N
@@ -303,6 +319,11 @@ def test_a_place_that_cannot_be_written(manifest, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written.*ONEWARP_CACHE"):
         Cache.open(manifest, parent=tmp_path / "file")
+    with Cache.open(manifest, parent=tmp_path) as cache:
+        folder = cache.folder
+    folder.touch()
+    with pytest.raises(UserError, match="Not a directory.*ONEWARP_CACHE"):
+        Cache.open(manifest, parent=tmp_path)
 
 
 def test_the_default_place_is_the_cache_folder(manifest, tmp_path, monkeypatch):

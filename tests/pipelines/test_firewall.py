@@ -177,18 +177,42 @@ def test_vanished_file_and_no_files(tmp_path):
     assert examine([]) == []
 
 
-def test_nothing_is_printed_and_stderr_works_afterwards(tmp_path, hostile):
+@pytest.fixture
+def hostile_files(tmp_path, hostile):
+    """Where each bad file lies, by name."""
     for name, (content, _) in hostile.items():
         (tmp_path / name).write_bytes(content)
+    return {name: str(tmp_path / name) for name in hostile}
+
+
+def python(code, files):
+    """Code that runs in a process of its own, whose error stream it may spoil."""
+    return subprocess.run([sys.executable, "-c", code, *files], cwd=ROOT, capture_output=True, text=True, check=True)
+
+
+def test_nothing_is_printed_and_stderr_works_afterwards(hostile_files):
     code = (
         "import os, sys; from pipelines.firewall import examine\n"
         "verdicts = examine(sys.argv[1:])\n"
         "assert all(hasattr(verdict, 'reason') for verdict in verdicts)\n"
         "os.write(2, b'still here')"
     )
-    files = [str(tmp_path / name) for name in hostile]
-    run = subprocess.run([sys.executable, "-c", code, *files], cwd=ROOT, capture_output=True, check=True)
-    assert (run.stdout, run.stderr) == (b"", b"still here")
+    run = python(code, hostile_files.values())
+    assert (run.stdout, run.stderr) == ("", "still here")
+
+
+def test_bad_files_are_named_where_the_error_stream_broke_before(hostile, hostile_files):
+    code = (
+        "import os, sys; from pipelines.firewall import examine; from pipelines.decode import decoded\n"
+        "saved = os.dup(2)\n"
+        "os.dup2(os.open('/dev/full', os.O_WRONLY), 2)\n"
+        "decoded(sys.argv[1])\n"  # std::cerr fails here, and for good
+        "os.dup2(saved, 2)\n"
+        "print(*(verdict.reason for verdict in examine(sys.argv[2:])), sep='\\n')"
+    )
+    run = python(code, [hostile_files["flipped.tif"], *hostile_files.values()])
+    for said, (_, words) in zip(run.stdout.splitlines(), hostile.values(), strict=True):
+        assert words in said
 
 
 def test_stderr_is_restored_when_progress_raises(tmp_path, capfd):

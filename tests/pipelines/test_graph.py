@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.decode import decoded
 from pipelines.geometry import Augment, compose, draw
-from pipelines.graph import NOT_STORED, GraphInput, build, decoded, define, reads_rows
+from pipelines.graph import NOT_STORED, GraphInput, build, define, reads_rows
 from pipelines.window import below, rows
 from tests.conftest import picture
 

@@ -3,23 +3,23 @@
 import errno
 import io
 import os
-import resource
 import shutil
 import struct
 from collections import namedtuple
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from pipelines import graph, packing
+from pipelines import packing
+from pipelines.decode import decoded
 from pipelines.errors import UserError
 from pipelines.labels import Regex
 from pipelines.packing import pack
 from pipelines.scanning import scan
 from pipelines.store import Store
 from tests.conftest import picture
+from tests.full_disk import files_no_larger_than
 from tests.hostile import good_files
 
 NOT_UTF8 = os.fsdecode(b"latin-\xe9.jpg")
@@ -59,7 +59,7 @@ def test_decoded_pixels_are_those_that_dali_decodes(manifest, tmp_path):
     assert NOT_UTF8 in {os.path.basename(path) for path in manifest.paths}
     assert len(store) == len(manifest.paths)
     for row in manifest.train.ids_N:  # validation holds the same files
-        np.testing.assert_array_equal(store.pixels(row), graph.decoded(file_of(manifest, row)), manifest.paths[row])
+        np.testing.assert_array_equal(store.pixels(row), decoded(file_of(manifest, row)), manifest.paths[row])
     turned = {store.pixels(row).shape[:2] for row, path in enumerate(manifest.paths) if "turned" in path}
     assert turned == {(48, 90), (90, 48)}
     assert store.manifest.paths == manifest.paths
@@ -234,17 +234,6 @@ def test_what_a_killed_pack_left_is_removed_and_that_of_a_living_one_is_not(mani
     with packing._locked(tmp_path / ".out-alive.packing"):
         pack(manifest, tmp_path / "out", kind="encoded")
     assert sorted(os.listdir(tmp_path)) == [".other-dead.packing", ".out-alive.packing", "out"]
-
-
-@contextmanager
-def files_no_larger_than(limit):
-    """Writing beyond `limit` bytes of a file fails, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("limit", [100_000, 100])  # within the shard, at its first image

@@ -7,7 +7,7 @@ import torch
 import torchvision
 from PIL import Image, ImageOps
 
-from pipelines.graph import decoded
+from pipelines.decode import decoded
 from tests.hostile import deep_pixels, good_files, translucent, turned
 
 GOOD = good_files()

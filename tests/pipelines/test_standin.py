@@ -149,3 +149,34 @@ def test_with_a_cache_they_are_stood_in_for_as_well(manifest, tmp_path):
             for a, b in zip(plain, cached, strict=True):
                 assert torch.equal(a.images_NCHW, b.images_NCHW)
         assert not any(cache.get(int(manifest.train.ids_N[position])) is not None for position in bad)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_read_once_an_augmented_sample_has_its_own_draw_and_no_stand_in(manifest, world):
+    samples = manifest.train
+    whole = Loader(samples, augment=Augment(), **COMMON)
+    trained = {}  # where each is drawn by its id, wherever it comes up
+    for batch in whole.epoch(6):
+        trained |= dict(zip(batch.ids_N.tolist(), batch.images_NCHW, strict=True))
+    assert len(trained) == 48
+    bad = spoil(samples)
+    seen: list[int] = []
+    for rank in range(world):
+        loader = Loader(samples, augment=Augment(), each_once=True, rank=rank, world_size=world, **COMMON)
+        assert loader.steps == 7
+        for batch in loader.epoch(6):
+            seen += batch.ids_N.tolist()
+            for id, image_CHW in zip(batch.ids_N.tolist(), batch.images_NCHW, strict=True):
+                assert id not in trained or torch.equal(image_CHW, trained[id])
+        if world == 1:
+            assert seen == sorted(seen)
+            assert {one.id for one in loader.spoiled} == set(samples.ids_N[list(bad)].tolist())
+    assert sorted(seen) == [id for i, id in enumerate(samples.ids_N.tolist()) if i not in bad]
+
+
+def test_read_once_there_may_be_fewer_samples_than_ranks_or_than_a_batch(manifest):
+    two = manifest.valid.subset([4, 9])
+    common = {**COMMON, "augment": Augment(), "each_once": True, "world_size": 3}
+    loaders = [Loader(two, rank=rank, **common) for rank in range(3)]
+    seen = [batch.ids_N.tolist() for loader in loaders for batch in loader.epoch(0)]
+    assert seen == [[two.ids_N[0]], [two.ids_N[1]]]

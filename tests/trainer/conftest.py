@@ -15,7 +15,7 @@ from trainer.job import prepare
 
 # A body without batch statistics and without dropout: what it computes does not depend on the number of ranks.
 PLAIN = {
-    "model": "convnext_atto",
+    "model": "test_convnext",
     "head": "plain",
     "pretrained": False,
     "size": 48,

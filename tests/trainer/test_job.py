@@ -16,6 +16,7 @@ from pipelines import Augment, pack, scan
 from pipelines.errors import UserError
 from tests.trainer.conftest import PLAIN
 from trainer import TrainConfig, fine_tune, lr_find
+from trainer.best import Best
 from trainer.job import Result, _continuing, summary
 from trainer.journal import read
 from trainer.ranks import Ranks
@@ -29,7 +30,7 @@ def config(small_set, tmp_path, **settings):
 
 
 def test_a_job_leaves_everything_it_promises(small_set, tmp_path, quiet):
-    settings = {"model": "resnet18", "head": "fastai", "epochs": 1, "lr_find_steps": 20, "wandb": "offline"}
+    settings = {"model": "test_resnet", "head": "fastai", "epochs": 1, "lr_find_steps": 20, "wandb": "offline"}
     wanted = config(small_set, tmp_path, **settings)
     result = fine_tune(wanted, quiet)
     assert result.folder == tmp_path / "run"
@@ -42,6 +43,7 @@ def test_a_job_leaves_everything_it_promises(small_set, tmp_path, quiet):
         "journal.jsonl",
         "manifest.parquet",
         "model.safetensors",
+        "best.safetensors",
         "checkpoints",
         "wandb",
     } <= names
@@ -52,6 +54,7 @@ def test_a_job_leaves_everything_it_promises(small_set, tmp_path, quiet):
     assert kinds.count("step") == 2 * (53 // 8)
     assert kinds.count("epoch") == kinds.count("checkpoint") == 2
     assert 0 <= result.error_rate <= 1
+    assert result.best is not None and result.best.error_rate <= result.error_rate
     summary(result, wanted, quiet)
     told = quiet.file.getvalue()
     assert "53 to train, 23 to validate" in told
@@ -113,6 +116,8 @@ def test_how_images_are_read_is_set_by_the_configuration(small_set, tmp_path, qu
     [
         ({"schedule": "one-cycle", "optimizer": "sgd", "lr": 0.1}, [0.1] * 3),
         ({"schedule": "flat-cos", "optimizer": "lamb"}, [1e-3] * 3),
+        ({"schedule": "one-cycle", "lr": "1e-6:1e-4"}, [1e-6, 1e-5, 1e-4]),
+        ({"schedule": "flat-cos", "lr": ":1e-3"}, [1e-4, 1e-4, 1e-3]),
         ({"schedule": "warmup-linear", "layer_decay": 0.5}, [1e-3 * 0.5**n for n in (4, 3, 2, 1, 0)]),
         ({"freeze_epochs": 0, "layer_groups": ["body.stem", "body.stages|body.head", "head"]}, [5e-6, 5e-5, 5e-4]),
     ],
@@ -123,7 +128,10 @@ def test_schedules_optimisers_and_groups_are_set_by_the_configuration(small_set,
     (phase,) = [event for event in events if event["event"] == "phase"]
     assert phase["lr"] == pytest.approx(rates)
     assert events[0]["epochs"] == 1
-    assert len([event for event in events if event["event"] == "step"]) == 2
+    steps = [event for event in events if event["event"] == "step"]
+    assert len(steps) == 2
+    # LAMB clips, and says so.
+    assert all(("grad_norm" in step) == (settings.get("optimizer") == "lamb") for step in steps)
 
 
 def test_a_store_is_trained_on_like_the_folder_it_was_packed_from(small_set, tmp_path, quiet):
@@ -140,7 +148,7 @@ def test_a_store_is_trained_on_like_the_folder_it_was_packed_from(small_set, tmp
 
 def test_a_run_that_stopped_goes_on_to_the_same_weights_to_the_bit(prepared, copies):
     settings = {
-        "model": "resnet18",
+        "model": "test_resnet",
         "head": "fastai",
         "epochs": 2,
         "freeze_epochs": 2,
@@ -177,6 +185,8 @@ def test_a_finished_run_is_not_run_again_and_another_configuration_is_refused(sm
     again = fine_tune(wanted, quiet)
     assert again.error_rate == first.error_rate
     assert (tmp_path / "run/journal.jsonl").read_bytes() == before
+    lr_find(wanted, quiet)
+    assert fine_tune(wanted, quiet).error_rate == first.error_rate
     with pytest.raises(UserError, match="exists with another configuration: --lr was 0.001 and is now 0.002"):
         fine_tune(config(small_set, tmp_path, epochs=1, freeze_epochs=0, lr=2e-3), quiet)
 
@@ -220,6 +230,13 @@ def test_a_loss_that_is_no_number_stops_the_run_in_words(prepared):
         ({"label_regex": "(.+)_nothing"}, "matches"),
         ({"label_csv": "absent.csv"}, "absent.csv"),
         ({"lr": -1}, "--lr is -1"),
+        ({"lr": "1e-3:x"}, "--lr is 1e-3:x; it must be a number greater than 0"),
+        ({"lr": "1e-6:1e-4"}, "--lr is 1e-6:1e-4; it must be one number with --schedule fine-tune"),
+        ({"lr": ":1e-4", "schedule": "one-cycle", "layer_decay": 0.5}, "one number with --layer-decay"),
+        ({"lr": 1e-3, "lr_choice": "valley"}, "--lr-choice is valley; it must be left out where --lr is given"),
+        ({"lr_choice": "deepest"}, "lr_choice"),
+        ({"sizes": "32:1,48"}, "--sizes is '32:1,48'; it must be SIZE:EPOCHS"),
+        ({"sizes": "32:1,64:1"}, "--size is 48; it must be left out with --sizes 32:1,64:1, which makes it 64"),
         ({"lr_find_steps": 101}, "--lr-find-steps is 101; it must be between 20 and 100"),
         ({"layer_groups": ["body.*"]}, "--layer-groups"),
         ({"schedule": "one-cycle", "epochs": 0}, "--epochs is 0; it must be more than 0 with --schedule one-cycle"),
@@ -229,6 +246,14 @@ def test_a_loss_that_is_no_number_stops_the_run_in_words(prepared):
         ({"repeats": 2, "mixup": 0.2}, "--repeats is 2; it must be 1 with --mixup"),
         ({"schedule": "one-cycle", "freeze_epochs": 7}, "--freeze-epochs is 7; it must be left out"),
         ({"focal_gamma": 5}, "--focal-gamma is 5"),
+        ({"micro_batch": 1}, "--micro-batch is 1; it must be at least 2"),
+        (
+            {"micro_batch": 2, "batch": 7},
+            "--micro-batch 2 splits the 7 images of a worker so .* Choose --micro-batch 3",
+        ),
+        ({"clip_norm": 0}, "--clip-norm is 0.0; it must be greater than 0"),
+        ({"clip_norm": float("inf")}, "--clip-norm is inf"),
+        ({"grad_compression": "int8"}, "'grad_compression' is 'int8'"),
         ({"mixup": 0.2, "batch": 7, "workers": 2}, "a pair that MixUp or CutMix would"),
         ({"batch": 50, "subset": 0.5}, "--batch 50 is larger than the 26 training images of --subset 0.5"),
         ({"repeats": 3}, "--repeats is 3; it must be a divisor of the batch, 8"),
@@ -268,6 +293,38 @@ def test_the_worker_runs_a_configuration_file_in_one_process(small_set, tmp_path
 def test_paths_may_be_strings_and_the_folder_a_path():
     config = TrainConfig(data=Path("a"), runs="b", weights="c", label_csv="d")  # ty: ignore[invalid-argument-type]
     assert config == TrainConfig(data="a", runs=Path("b"), weights=Path("c"), label_csv=Path("d"))
+
+
+def test_rates_may_be_a_slice_and_are_the_same_in_words():
+    low_high = TrainConfig(schedule="one-cycle", lr=slice(1e-6, 1e-4))  # ty: ignore[invalid-argument-type]
+    high = TrainConfig(schedule="one-cycle", lr=slice(1e-3))  # ty: ignore[invalid-argument-type]
+    assert low_high == TrainConfig(schedule="one-cycle", lr="1e-6:1e-4")
+    assert high == TrainConfig(schedule="one-cycle", lr=":1e-3")
+    for config in (low_high, high, TrainConfig(lr="0.01"), TrainConfig(lr=0.01), TrainConfig()):
+        assert TrainConfig.from_dict(json.loads(json.dumps(config.as_dict()))) == config
+    assert TrainConfig(lr="0.01").lr == 0.01
+
+
+def test_the_chosen_suggestion_is_trained_with(small_set, tmp_path, quiet):
+    settings = {"model": "test_resnet", "size": 32, "lr_find_steps": 30, "freeze_epochs": 0, "epochs": 1, "seed": 1}
+    fine_tune(config(small_set, tmp_path, lr_choice="steep", **settings), quiet)
+    events = read(tmp_path / "run" / "journal.jsonl")
+    (found,) = [event for event in events if event["event"] == "range_result"]
+    assert len(set(found["suggestions"].values())) > 2  # they differ, so it tells which was taken
+    assert (found["choice"], found["chosen"]) == ("steep", found["suggestions"]["steep"])
+    phases = {event["phase"]: event for event in events if event["event"] == "phase"}
+    assert phases["unfrozen"]["lr"][-1] == pytest.approx(found["suggestions"]["steep"] / 2)
+    assert "(steep)" in quiet.file.getvalue()
+
+
+def test_best_epoch_and_advice_are_told(tmp_path, quiet):
+    (tmp_path / "model.safetensors").touch()
+    best = Best(epoch=2, error_rate=0.125, valid_loss=0.5)
+    told = {"error_rate": 0.25, "valid_loss": 0.75, "most_confused": [], "quarantine": 0, "seconds": 1}
+    summary(Result(folder=tmp_path, best=best, advice=("Overfitting: …",), **told), TrainConfig(), quiet)
+    lines = quiet.file.getvalue().splitlines()
+    assert "best epoch  2, error rate 0.1250, kept in best.safetensors" in lines
+    assert "note        Overfitting: …" in lines
 
 
 def test_dropout_differs_by_step_and_rank():

@@ -2,7 +2,11 @@
 
 import threading
 
-from trainer.journal import Journal, follow, read
+import pytest
+
+from pipelines.errors import UserError
+from tests.full_disk import files_no_larger_than
+from trainer.journal import Journal, follow, read, whole
 
 
 def test_events_come_back_in_order(tmp_path):
@@ -20,10 +24,26 @@ def test_half_a_line_is_no_event_and_swallows_none(tmp_path):
     path = tmp_path / "j.jsonl"
     path.write_text('{"event": "step", "time": 1}\n{"event": "st')
     assert len(read(path)) == 1
+    assert whole(path) == path.read_bytes().index(b"\n") + 1
     journal = Journal(path)
     journal.write("phase")
     journal.close()
     assert [event["event"] for event in read(path)] == ["step", "phase"]
+
+
+def test_what_a_full_storage_does_not_take_is_written_when_it_has_room(tmp_path):
+    path = tmp_path / "j.jsonl"
+    journals = [Journal(path), Journal(tmp_path / "lost.jsonl")]
+    with files_no_larger_than(100):
+        for journal in journals:
+            for i in range(5):
+                journal.write("step", step=i)
+        assert 0 < len(read(path)) < 5
+        with pytest.raises(UserError, match="lost.jsonl cannot be written"):
+            journals[1].close()
+    journals[0].write("step", step=5)
+    journals[0].close()
+    assert [event["step"] for event in read(path)] == list(range(6))
 
 
 def test_follow_sees_events_as_they_come_and_all_of_them(tmp_path):

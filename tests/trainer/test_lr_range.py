@@ -19,7 +19,7 @@ from tests.ranks import on_ranks
 from trainer import models, optim, precision
 from trainer.journal import Journal, read
 from trainer.loop import Learner, train_step
-from trainer.lr_range import HIGH, LOW, range_test, suggest
+from trainer.lr_range import FALLBACK, HIGH, LOW, RangeTest, range_test, suggest
 from trainer.ranks import Ranks
 from trainer.schedule import fine_tune
 from trainer.worker import endless, run
@@ -333,6 +333,15 @@ def test_the_valley_is_fastais():
 def test_a_curve_without_information_suggests_nothing(losses):
     lrs = np.geomspace(LOW, HIGH, 60)[: len(losses)].tolist()
     assert suggest(lrs, losses, 60) == {}
+
+
+def test_another_suggestion_is_taken_where_the_one_wished_for_is_not_there():
+    def found(**suggestions):
+        return RangeTest(lrs=(), losses=(), smoothed=(), suggestions=suggestions)
+
+    assert found(valley=1.0, balanced=2.0, slide=3.0).choose("slide") == ("slide", 3.0)
+    assert found(valley=1.0, balanced=2.0).choose("slide") == ("balanced", 2.0)
+    assert found().choose("valley") == ("default", FALLBACK)
 
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/suggestions.json").read_text())

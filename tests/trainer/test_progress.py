@@ -109,6 +109,21 @@ def test_the_bar_says_where_the_run_is():
     assert bar(events) == [""]
 
 
+def test_where_the_size_changes_it_has_a_column_and_time_counts_pixels():
+    start = {**RUN, "config": {"sizes": "64:1,128:1"}}
+    growing = {**phase("unfrozen", 2, 20, 0, 0.0), "sizes": [64, 128]}
+    lines = show([start, growing, {**epoch(0, 10.0), "size": 64}]).splitlines()
+    assert lines == [
+        "epoch  size  train_loss  valid_loss  error_rate    img/s     time",
+        "    0    64      0.7500      0.5000      0.1250    1,234    01:23",
+    ]
+    # 6 steps of 64 pixels in 6 s; 3 more of them and 10 that have four times the pixels are left
+    assert bar([start, growing, step(0, 10.0), step(6, 16.0)])[0].endswith("7/20  00:43 left")
+    # 4 s for 3 steps small and 1/4 of a step large: each
+    steps = [step(6, 10.0), step(9, 13.0), step(10, 17.0)]
+    assert bar([start, growing, *steps])[0].endswith("11/20  00:36 left")
+
+
 def test_a_resumed_run_measures_its_speed_anew():
     again = [RUN | {"resumed_from": 15, "time": 500.0}, phase("unfrozen", 2, 20, 10, 500.0)]
     lines = bar([*list(journal())[:-2], *again, step(15, 510.0), step(16, 512.0)])

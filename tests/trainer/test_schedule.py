@@ -19,6 +19,8 @@ from trainer.schedule import (
     last_and_tenth,
     layerwise,
     rates,
+    rates_in_words,
+    read_rates,
     two_cosines,
 )
 
@@ -131,6 +133,32 @@ def test_rates_as_fastai_reads_them():
 def test_rates_that_are_none_are_told(lr, words):
     with pytest.raises(UserError, match=words):
         rates(lr, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "lr", "words"),
+    [
+        ("1e-3", 1e-3, None),
+        (2, 2.0, None),
+        ("1e-6:1e-4", slice(1e-6, 1e-4), "1e-06:0.0001"),
+        ("0.000001:.0001", slice(1e-6, 1e-4), "1e-06:0.0001"),
+        (":1e-3", slice(1e-3), ":0.001"),
+        ("1e-3:1e-3", slice(1e-3, 1e-3), "0.001:0.001"),
+    ],
+)
+def test_rates_in_words(text, lr, words):
+    assert read_rates(text) == lr
+    if words is not None:
+        assert rates_in_words(lr) == words
+        assert read_rates(words) == lr
+
+
+@pytest.mark.parametrize(
+    "text", ["", ":", "1e-6:", "a", "1:2:3", ":1:2", "::1", "-1", "0", "0:1", "inf", "1:inf", "nan", "nan:1", "2:1"]
+)
+def test_words_that_are_no_rates(text):
+    with pytest.raises(UserError, match="--lr is .*LOW:HIGH"):
+        read_rates(text)
 
 
 def test_warm_up_and_linear_decay_equal_torchs():

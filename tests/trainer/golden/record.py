@@ -5,8 +5,8 @@ Recorded with fastai 2.8.12, torch 2.14.1, torchvision 0.29.1, scikit-learn's di
     pip install 'fastai==2.8.*' scikit-learn
     python tests/trainer/golden/record.py
 
-writes suggestions.json, schedules.json and groups.json beside this file. Whether a range test's curve "says nothing"
-is no judgement of fastai's, which gives a number or an IndexError: it is written down here by hand.
+writes suggestions.json, schedules.json, groups.json and unfreezing.json beside this file. Whether a range test's curve
+"says nothing" is no judgement of fastai's, which gives a number or an IndexError: it is written down here by hand.
 """
 
 from __future__ import annotations
@@ -223,6 +223,26 @@ def fit(call) -> dict:
     return {"lr": spy.lrs, "momentum": spy.momentum}
 
 
+def record_unfreezing() -> dict:
+    """Weights before and after `fine_tune(1, base_lr=0.02)` of three linear layers, a group each, in float64."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3), nn.Linear(3, 2)).double()
+    images_N4, labels_N = torch.randn(14, 4, dtype=torch.float64), torch.randint(0, 2, (14,))
+    items = list(zip(images_N4, labels_N, strict=True))
+    loaders = DataLoaders(*(DataLoader(items, bs=2) for _ in range(2)))
+    loss = nn.CrossEntropyLoss()
+    # The recorder can show no loss in float64; the gradients stay in it.
+    learner = Learner(loaders, model, loss_func=lambda logits, labels: loss(logits, labels).float(), splitter=split)
+    found = {"images_N4": images_N4.tolist(), "labels_N": labels_N.tolist(), "before": weights(model)}
+    with learner.no_logging(), learner.no_bar():
+        learner.fine_tune(1, base_lr=0.02)
+    return {**found, "after": weights(model)}
+
+
+def weights(model: nn.Module) -> list:
+    return [parameter.tolist() for parameter in model.parameters()]
+
+
 def double_precision() -> None:
     """fastai computes the place in a cycle in float32 (`combine_scheds`); here in the float64 of the rates."""
     schedule.tensor = lambda values: torch.tensor([float(value) for value in values], dtype=torch.float64)
@@ -261,3 +281,4 @@ if __name__ == "__main__":
     shipped = record_schedules()
     double_precision()
     write("schedules", {"float32": shipped, "float64": record_schedules()})
+    write("unfreezing", record_unfreezing())

@@ -1,0 +1,53 @@
+"""The trainer beside a bare loop: the comparison is of the same learning, and its figures are what was measured."""
+
+import numpy as np
+import pytest
+
+from benchmarks import overhead
+from pipelines import scan
+from trainer import weights
+
+OPTIONS = overhead.OverheadOptions(
+    model="test_efficientnet", head="plain", size=32, batch=8, pairs=2, steps=2, threads=1
+)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_both_loops_learn_the_same(small_set, world):
+    turns = overhead.on_ranks(world, OPTIONS, scan(small_set).train)
+    assert turns.apart < 1e-3  # of the way from the first weights; `plain` has no dropout, which they draw differently
+    assert len(turns.ours) == len(turns.bare) == 2
+    assert all(value > 0 for pair in (*turns.ours, *turns.bare) for value in pair)
+
+
+def test_the_record_has_every_figure_and_its_ratios(small_set):
+    record = overhead.main(overhead.OverheadOptions(data=str(small_set), quick=True))
+    cells = {(figure.row, figure.column): figure for figure in record.figures}
+    alone, together = "1 rank, 1 thread", "2 ranks, 1 thread each"
+    for row in (alone, together):
+        ratios = np.divide(cells[row, overhead.OURS].samples, cells[row, overhead.BARE].samples)
+        np.testing.assert_allclose(cells[row, overhead.RATIO].samples, ratios)
+        costs = [f.value for (name, column), f in cells.items() if column == overhead.COST and name.startswith(row)]
+        assert len(costs) == 6 and costs[-1] == pytest.approx(sum(costs[:-1]))
+    reduce = "the sum of the loss over all ranks"
+    assert cells[f"{together}: {reduce}", overhead.COST].value > cells[f"{alone}: {reduce}", overhead.COST].value
+    for phase in ("the head alone", "everything"):
+        row = f"real training, {phase}: waiting for data"
+        assert 0 <= cells[row, overhead.SHARE].value < 100
+        assert len(cells[row, overhead.STEP].samples) == 6 - 3
+
+
+def test_waiting_is_of_all_the_time_of_the_steady_state():
+    # 4 images a step: after three that fill the queue, 1 s with a wait of 0.5 and 3 s with none.
+    speeds, shares = [1.0, 2.0, 2.0, 4.0, 4 / 3], [0.9, 0.8, 0.7, 0.5, 0.0]
+    steps = [{"images_per_second": speed, "data_wait": share} for speed, share in zip(speeds, shares, strict=True)]
+    seconds, share, first = overhead.waited(steps, 4)
+    assert seconds == pytest.approx([1.0, 3.0])
+    assert share == pytest.approx(0.5 / 4)
+    assert first == pytest.approx(0.9 * 4)
+    with pytest.raises(overhead.UserError, match="--subset"):
+        overhead.waited(steps[:3], 4)
+
+
+def test_the_benchmark_starts_from_installed_weights():
+    assert weights.packaged(overhead.OverheadOptions().model) is not None

@@ -1,0 +1,162 @@
+"""A run on two Ray workers, hit where it hurts: it goes on by itself, or by the same command, and loses nothing."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import pytest
+import safetensors.torch
+from rich.console import Console
+
+from tests.commands import MARK, left_running
+from tests.ranks import on_ranks
+from trainer import TrainConfig, worker
+from trainer.job import prepare
+from trainer.journal import read
+
+pytestmark = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two workers take two cores")
+
+EPOCHS = 8  # and one with the body frozen
+STEPS = 53 // 8 * (EPOCHS + 1)
+SETTINGS = ["--model", "test_convnext", "--head", "plain", "--no-pretrained", "--size", "48", "--batch", "8"]
+SETTINGS += ["--epochs", str(EPOCHS), "--lr", "1e-3", "--wandb", "off", "--checkpoint-every", "4"]
+SETTINGS += ["--stall", "8", "--grace", "10"]
+PATIENCE = 120  # seconds; nothing here should take half of it
+
+
+@contextmanager
+def training(data, folder, temporary):
+    """The command, which has started its workers and taken some steps when this yields."""
+    command = [sys.executable, "-m", "cluster.cli", "train", "--data", str(data), "--name", "run", "--workers", "2"]
+    process = subprocess.Popen(
+        [*command, *SETTINGS],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "TMPDIR": str(temporary), MARK: str(temporary), "COLUMNS": "120"},
+    )
+    run = folder / "runs/run"
+    begun = len(events(run, "run"))
+    try:
+        wait_for(lambda: len(events(run, "run")) > begun and moves(run), process)
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+def moves(run):
+    """Its workers have taken some steps since they were started last, and written a checkpoint."""
+    found = read(run / "journal.jsonl")
+    return [event["event"] for event in found[found.index(events(run, "run")[-1]) :]].count("step") >= 6
+
+
+def wait_for(condition, process):
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def events(run, kind):
+    return [event for event in read(run / "journal.jsonl") if event["event"] == kind]
+
+
+def workers(temporary):
+    """Their process ids."""
+    named = {pid: words for pid, words in left_running(temporary).items() if b"RayTrainWorker" in words}
+    return sorted(named)
+
+
+def finish(process):
+    told = process.communicate(timeout=PATIENCE)[0]
+    assert process.returncode == 0, told
+    return told
+
+
+def weights(run):
+    return safetensors.torch.load_file(run / "model.safetensors")
+
+
+def whole(run):
+    """The run did each step, each with the same loss however often, and none is missing."""
+    losses = {}
+    for event in events(run, "step"):
+        assert losses.setdefault(event["step"], event["loss"]) == event["loss"]
+    return sorted(losses) == list(range(STEPS))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_set, tmp_path_factory):
+    """The weights of the same run on two processes without Ray, which nothing happens to."""
+    settings = {"model": "test_convnext", "head": "plain", "pretrained": False, "size": 48, "batch": 8, "lr": 1e-3}
+    settings |= {"epochs": EPOCHS, "data": str(small_set), "runs": tmp_path_factory.mktemp("runs"), "workers": 2}
+    folder, _ = prepare(TrainConfig(**settings), Console(file=io.StringIO()))
+    on_ranks(2, train, folder.path)
+    return weights(folder.path)
+
+
+def train(ranks, path):
+    worker.run(path, "train", ranks)
+
+
+def same(run, expected):
+    found = weights(run)
+    return all(found[name].equal(value) for name, value in expected.items()) and found.keys() == expected.keys()
+
+
+def test_workers_that_die_or_stand_still_are_started_again_and_cost_no_bit(small_set, tmp_path, temporary, undisturbed):
+    run = tmp_path / "runs/run"
+    with training(small_set, tmp_path, temporary) as process:
+        os.kill(workers(temporary)[-1], signal.SIGKILL)
+        wait_for(lambda: len(events(run, "run")) == 2 and moves(run), process)
+        os.kill(workers(temporary)[-1], signal.SIGSTOP)
+        told = finish(process)
+    assert "failed" in told and "stood still" in told and "resumed from step" in told
+    assert len(events(run, "run")) == 3
+    stood = {event["rank"]: event["stood"] for event in events(run, "stalled")}
+    assert sorted(stood) == [0, 1]
+    assert any("T (stopped)" in told for told in stood.values())
+    assert all("worker.py" in told for told in stood.values())
+    assert whole(run) and same(run, undisturbed)
+    assert left_running(temporary) == {}
+    assert list(temporary.iterdir()) == []
+
+
+def test_signals_end_a_run_at_a_checkpoint_and_nothing_is_lost(small_set, tmp_path, temporary, undisturbed):
+    run = tmp_path / "runs/run"
+    for number, to in enumerate(["driver", "worker"]):
+        with training(small_set, tmp_path, temporary) as process:
+            os.kill(process.pid if to == "driver" else workers(temporary)[-1], signal.SIGTERM)
+            told = process.communicate(timeout=PATIENCE)[0]
+        assert process.returncode == 128 + signal.SIGTERM, told
+        assert "Traceback" not in told
+        stopped = events(run, "stopped")[number]
+        assert events(run, "checkpoint")[-1]["step"] == stopped["step"]
+        assert f"stopped after step {stopped['step']}" in told
+        assert left_running(temporary) == {}
+    assert len(events(run, "step")) == len({event["step"] for event in events(run, "step")})  # none twice
+    with training(small_set, tmp_path, temporary) as process:
+        for pid in workers(temporary):
+            os.kill(pid, signal.SIGSTOP)
+        process.terminate()
+        told = process.communicate(timeout=PATIENCE)[0]
+    assert process.returncode == 128 + signal.SIGTERM, told
+    assert "did not end within 10 seconds" in told
+    assert left_running(temporary) == {}
+    with training(small_set, tmp_path, temporary) as process:
+        process.kill()
+        process.communicate()
+    with training(small_set, tmp_path, temporary) as process:
+        finish(process)
+    resumed = [event["resumed_from"] for event in events(run, "run")]
+    assert resumed[1:3] == [event["step"] for event in events(run, "stopped")]
+    assert sorted(resumed[2:]) == resumed[2:]
+    assert whole(run) and same(run, undisturbed)

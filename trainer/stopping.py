@@ -1,0 +1,83 @@
+"""Ctrl-C and SIGTERM lead to a checkpoint: the workers are asked to stop at their next step, and given time for it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+_asked = threading.Event()
+
+
+class StoppedError(BaseException):
+    """A signal ended the run before its end. Like KeyboardInterrupt it is for nobody on the way to take."""
+
+    def __init__(self, message: str, number: int = signal.SIGTERM) -> None:
+        super().__init__(message)
+        self.number = number
+
+    @property
+    def exit_code(self) -> int:
+        """What shells and schedulers expect of a process that a signal ended."""
+        return 128 + self.number
+
+
+def listen() -> None:
+    """From now on SIGTERM asks this worker process to stop, and with it all of its run; on the main thread."""
+    signal.signal(signal.SIGTERM, lambda number, frame: _asked.set())
+
+
+def asked(request: Path | None) -> bool:
+    """Whether this process was asked to stop, or the file `request` is there."""
+    return _asked.is_set() or (request is not None and request.exists())
+
+
+@contextmanager
+def listening(request: Path, grace: float) -> Generator[list[int]]:
+    """While it lasts, a signal puts the file `request` there; yields the signals that came.
+
+    A second Ctrl-C is a KeyboardInterrupt. On another thread than the main one, where no signal arrives, it does
+    nothing.
+
+    Args:
+        request: what the workers look for; gone afterwards.
+        grace: seconds that they have.
+
+    Raises:
+        StoppedError: the time is over.
+    """
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(number)
+        if len(caught) == 1:
+            signal.setitimer(signal.ITIMER_REAL, grace)
+            with suppress(OSError):  # the storage may be gone; then the time is
+                request.touch()
+
+    def late(number: int, frame: FrameType | None) -> None:
+        message = f"stopped: the workers did not end within {grace:g} seconds; their last checkpoint is what is left"
+        raise StoppedError(message, caught[0])
+
+    with suppress(OSError):
+        request.unlink()
+    before = {number: signal.signal(number, ask) for number in SIGNALS}
+    before[signal.SIGALRM] = signal.signal(signal.SIGALRM, late)
+    try:
+        yield caught
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        with suppress(OSError):
+            request.unlink()
