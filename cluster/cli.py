@@ -9,6 +9,7 @@ import tyro
 from rich.console import Console
 
 from cluster.apply import evaluate, predict
+from cluster.doctor import doctor
 from cluster.look import show_batch, summarise
 from cluster.pack import pack
 from cluster.scan import scan
@@ -52,6 +53,7 @@ def main() -> None:
                 "pack": pack,
                 "show-batch": show_batch,
                 "summary": summarise,
+                "doctor": doctor,
             },
             prog="onewarp",
             description="Distributed training of image classifiers: one warp an image, every rank fed.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import signal
 import tempfile
 import threading
@@ -26,13 +27,21 @@ import ray  # noqa: E402
 
 from pipelines.errors import UserError, first_line  # noqa: E402
 
+# In workers: loopback, what libraries leave goes with Ray's own (it kills them), and the key of wandb is not theirs.
+WORKERS = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "WANDB_API_KEY": ""}
 OBJECT_STORE_BYTES = 100 * 2**20  # workers share files, not objects
 LONGEST_TEMPORARY = 24  # characters: Ray's sockets lie 83 deeper, and a socket's path ends at 107
 
 
 @contextmanager
 def local(cpus: int) -> Generator[str]:
-    """Ray on this machine, gone afterwards with all that its processes leave; yields its scratch folder."""
+    """Ray on this machine, gone afterwards with all that its processes leave; yields its scratch folder.
+
+    It listens on loopback alone, and to nobody who has not this process's token: other users of the machine.
+    """
+    # Given so, the token is not written to the home folder.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     temporary = tempfile.gettempdir()
     if len(temporary) > LONGEST_TEMPORARY:
         temporary = "/tmp"
@@ -46,8 +55,7 @@ def local(cpus: int) -> Generator[str]:
                 logging_level=logging.ERROR,
                 object_store_memory=OBJECT_STORE_BYTES,
                 _temp_dir=scratch,
-                # Ray kills its workers: what libraries leave goes with it
-                runtime_env={"env_vars": {"TMPDIR": scratch}},
+                runtime_env={"env_vars": {**WORKERS, "TMPDIR": scratch}},
             )
         try:
             yield scratch
@@ -76,9 +84,13 @@ def joined(address: str) -> Generator[None]:
         UserError: none answers there.
     """
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"--address {address}: Ray cannot join a cluster there ({first_line(error)}).") from None
+        with _own_handlers():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        raise UserError(
+            f"--address {address}: Ray cannot join a cluster there ({first_line(error)}). Check it with `ray status`. "
+            "A cluster with tokens wants RAY_AUTH_MODE=token, and the token in RAY_AUTH_TOKEN or ~/.ray/auth_token."
+        ) from None
     try:
         yield
     finally:

@@ -17,7 +17,7 @@ from pipelines.geometry import Augment
 from pipelines.labels import Labels
 from pipelines.manifest import Manifest
 from trainer import TrainConfig, figures
-from trainer.job import describe
+from trainer.images import describe
 
 BATCH = 16  # images of a batch that are drawn
 SAME = 12  # epochs of one image

@@ -19,8 +19,8 @@ from pipelines.firewall import MAX_PIXELS
 from pipelines.manifest import Manifest
 from pipelines.scanning import Examine
 from trainer.bar import counted
-from trainer.job import absolute, found
-from trainer.run_folder import RunFolder
+from trainer.images import found
+from trainer.run_folder import RunFolder, absolute
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from rich.console import Console
 from pipelines.labels import Labels
 from pipelines.manifest import Manifest
 from trainer import TrainConfig
-from trainer.job import read_images, resolve_data
+from trainer.images import read_images, resolve_data
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,10 +32,11 @@ from pipelines.plan import TEST_TIME_EPOCH, rank_slice
 from pipelines.standin import Spoiled
 from trainer import journal, predictions
 from trainer.bar import counted
-from trainer.job import default_workers, launcher
+from trainer.crew import Crew
 from trainer.journal import Journal
 from trainer.metrics import places
 from trainer.ranks import Ranks, Report
+from trainer.starting import default_workers, launcher
 from trainer.trained import Trained
 
 PLAIN_SHARE = 0.25  # fastai's beta
@@ -100,7 +101,8 @@ def apply(
         workers = 0 if len(samples) * (1 + tta) <= FEW else default_workers()
     (scratch / TASK).write_bytes(pickle.dumps(Task(trained=trained, samples=samples, tta=tta)))
     with counted(console, f"Applying {trained.path.name}") as progress, _following(scratch / TOLD, progress):
-        launcher(workers)(partial(score, scratch), workers)
+        crew = Crew(workers, workers)
+        launcher(crew)(partial(score, scratch), crew)
     parts: list[Scores] = [pickle.loads(file.read_bytes()) for file in sorted(scratch.glob("part-*.pickle"))]
     return _together(parts, samples)
 

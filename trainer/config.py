@@ -14,6 +14,8 @@ from pydantic import TypeAdapter, ValidationError
 from pipelines.errors import UserError, first_line
 from pipelines.geometry import Augment
 from trainer.compression import Compression
+from trainer.crew import Crew
+from trainer.micro import share
 from trainer.schedule import rates_in_words, read_rates
 from trainer.sizes import read_sizes, size_of_each_epoch
 
@@ -89,7 +91,8 @@ class TrainConfig:
     most 1,024 images a worker; two steps are tried at three sizes first. A resumed run keeps its number."""
     micro_batch: int | None = None
     """Most images that a worker computes at once: its part of a batch is split, and gradients are summed. Less memory
-    for the same step; batch-norm sees the parts. Default: the whole part."""
+    for the same step; batch-norm sees the parts. Default: the whole part, or with --workers LEAST:MOST the part of a
+    worker where there are the most (but for --sync-bn, which sees the whole batch)."""
     schedule: Literal["fine-tune", "one-cycle", "flat-cos", "warmup-linear"] = "fine-tune"
     """`fine-tune`: the head alone, then everything with rates that rise towards the head, each by one cycle. The others
     train everything at one rate from the first epoch on, as suits training from scratch."""
@@ -163,8 +166,13 @@ class TrainConfig:
     """The run of this --name is there, and goes on. (It does so without this, too.)"""
     restart: bool = False
     """Begin the run of this --name anew; what it has left is kept under another name."""
-    workers: int | None = None
-    """Processes. Default: one for each GPU; without GPUs 2, or 1 on one core. 0 runs in this process, without Ray."""
+    workers: int | str | None = None
+    """Processes. LEAST:MOST, as in 2:8, are as many as there is room for: the run goes on with fewer when some are
+    lost, and with more when there is room again; its batches stay the same. Default: one for each GPU; without GPUs 2,
+    or 1 on one core. 0 runs in this process, without Ray."""
+    address: str | None = None
+    """Ray cluster to run on: `auto`, HOST:PORT or ray://HOST:PORT. Its machines see the data and the --runs folder
+    under the same paths. Default: the one that $RAY_ADDRESS names, as under `ray job submit`; else this machine."""
     threads: int | None = None
     """CPU threads a worker decodes with (on the CPU also computes with). Default: its share of the machine's cores."""
     wandb: Literal["auto", "off", "offline", "online"] = "auto"
@@ -275,7 +283,15 @@ class TrainConfig:
             check(self.name is not None or not getattr(self, flag), flag, True, "given with the run's --name")
         check(self.weight_decay >= 0, "weight-decay", self.weight_decay, "0 or more")
         check(self.checkpoint_every >= 1, "checkpoint-every", self.checkpoint_every, "1 step or more")
-        check(self.workers is None or self.workers >= 0, "workers", self.workers, "0 or more")
+        if self.workers is not None:
+            try:
+                crew = Crew.of(self.workers)
+            except ValueError:
+                crew = None
+            check(crew is not None, "workers", self.workers, "a number, or LEAST:MOST as in 2:8, the least 1 or more")
+            assert crew is not None
+            object.__setattr__(self, "workers", str(crew) if crew.elastic else crew.most)
+        check(self.address is None or self.workers != 0, "address", self.address, "left out with --workers 0")
         check(self.threads is None or self.threads >= 1, "threads", self.threads, "1 or more")
         check(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, below 2**63")
         check(0 <= self.split_seed < 2**63, "split-seed", self.split_seed, "0 or more, below 2**63")
@@ -297,6 +313,18 @@ class TrainConfig:
         """`batch` as the number that `auto` has become before workers start."""
         assert isinstance(self.batch, int)
         return self.batch
+
+    @property
+    def crew(self) -> Crew:
+        """How many workers; none where nobody has said it yet."""
+        return Crew.of(self.workers or 0)
+
+    @property
+    def at_once(self) -> int | None:
+        """Most images that a worker computes at once; `None`: its whole part of a batch, whatever that is."""
+        if self.micro_batch is not None or self.sync_bn or not self.crew.elastic:
+            return self.micro_batch
+        return share(self.global_batch, self.crew)
 
     @property
     def size_of_epochs(self) -> tuple[int, ...]:
@@ -343,3 +371,11 @@ def _refuse_unknown(values: dict[str, Any], cls: Any) -> None:
     unknown = sorted(set(values) - known)
     if unknown:
         raise UserError(f"Unknown setting {unknown[0]!r}; the settings are: {', '.join(sorted(known))}.")
+
+
+def flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings by the names of their flags: `augment.flip`."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= {f"{name}.{key}": below for key, below in value.items()} if isinstance(value, dict) else {name: value}
+    return flat

@@ -25,12 +25,13 @@ from trainer.apply_config import EvaluateConfig
 from trainer.bar import counted
 from trainer.config import TrainConfig
 from trainer.evaluate import Judgement
+from trainer.images import resolve_data
 from trainer.interpret import confusion_matrix, most_confused
-from trainer.job import absolute, check_workers, resolve_data, slug
 from trainer.metrics import ClassMetrics, Metrics
 from trainer.predicting import describe, list_left_out, tell_left_out
 from trainer.ranks import Ranks
-from trainer.run_folder import RunFolder, printable, write_atomic
+from trainer.run_folder import RunFolder, absolute, printable, slug, write_atomic
+from trainer.starting import check_workers
 from trainer.trained import Trained, open_run
 
 PAIRS = 10  # of confused classes that are told on the terminal

@@ -19,9 +19,9 @@ from trainer import predictions
 from trainer.apply import apply, scratch_in
 from trainer.apply_config import PredictConfig
 from trainer.bar import counted
-from trainer.job import absolute, check_workers
 from trainer.losses import NONE, decide
-from trainer.run_folder import printable, write_quarantine
+from trainer.run_folder import absolute, printable, write_quarantine
+from trainer.starting import check_workers
 from trainer.trained import Trained, open_run
 
 NAMED = 5  # files left out that are named on the terminal

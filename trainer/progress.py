@@ -46,6 +46,7 @@ class Progress:
         self._has_header = False
         self._sized = False  # whether the epochs differ in size, which then has a column
         self._next_line = -math.inf
+        self._workers: int | None = None
 
     def __enter__(self) -> Self:
         if self._console.is_terminal and not self._console.is_dumb_terminal:
@@ -75,7 +76,10 @@ class Progress:
                 # After a restart the speed is another, and so may the phase be, which says so itself.
                 self._step = self._start = None
                 if event.get("resumed_from") is not None:
-                    self._say(f"resumed from step {event['resumed_from']}")
+                    workers, before = event.get("world_size"), self._workers
+                    many = f", on {workers} worker{'s'[: workers != 1]}" if before and workers != before else ""
+                    self._say(f"resumed from step {event['resumed_from']}{many}")
+                self._workers = event.get("world_size")
             case "phase":
                 self._phase, self._step, self._start = event, None, None
                 self._next_line = event["time"] + SECONDS_BETWEEN_LINES
@@ -97,6 +101,8 @@ class Progress:
                 self._say(
                     f"warning: worker {event['rank']} stood still (--stall); the journal tells where", style="yellow"
                 )
+            case "leaving":
+                self._say(f"a machine leaves the cluster: going on from step {event['step']} when there is room")
             case "warning":
                 self._say(f"warning: {event['message']}", style="yellow")
             case "finished" | "failed":

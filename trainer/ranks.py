@@ -11,6 +11,8 @@ from typing import Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
+from trainer.crew import Crew
+
 T = TypeVar("T")
 
 
@@ -71,4 +73,4 @@ Failed = Callable[[dict[int, str]], None]
 class Launcher(Protocol):
     """Starts so many workers, and returns when they have all ended well; see `cluster.launch.launch`."""
 
-    def __call__(self, work: Work, workers: int, restarts: int = 0, failed: Failed | None = None, /) -> None: ...
+    def __call__(self, work: Work, crew: Crew, restarts: int = 0, failed: Failed | None = None, /) -> None: ...

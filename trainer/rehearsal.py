@@ -60,11 +60,11 @@ def choose(config: TrainConfig, manifest: Manifest, initial: Path, allowed: Boun
     Raises:
         UserError: not even the smallest batch fits.
     """
-    workers = max(1, config.workers or 0)
+    workers = max(1, config.crew.most)
     sizes = rehearsed(max(config.size_of_epochs), -(-allowed.most // workers))
     # Two images come first, and count only where no more fit: what a process takes once and keeps is not of the images.
     measured = measure(config, manifest, initial, [2, *sizes])
-    room = memory.room(workers, memory.machine(), engine=bool(config.workers), gpu=measured.gpu)
+    room = memory.room(workers, memory.machine(), engine=config.crew.most > 0, gpu=measured.gpu)
     # DDP keeps the gradients from step to step, and the range test a copy of the weights; rehearsals do neither.
     more = initial.stat().st_size * (2 if workers > 1 else 1)
     trusted = measured.peaks[1:] or measured.peaks
@@ -84,7 +84,7 @@ def choose(config: TrainConfig, manifest: Manifest, initial: Path, allowed: Boun
 
 def advice(config: TrainConfig, manifest: Manifest, initial: Path) -> str:
     """What to do where the memory ran out with `config`, in words: the batch that fits, and what else there is."""
-    workers = max(1, config.workers or 0)
+    workers = max(1, config.crew.most)
     tried = f"That was with --batch {config.batch} at --size {config.size} on {workers} worker{'s'[: workers - 1]}."
     unit = math.lcm(2 * workers, config.repeats)
     most = config.global_batch * 3 // 4 // unit * unit  # a little less would soon run out too
@@ -116,11 +116,12 @@ def measure(config: TrainConfig, manifest: Manifest, initial: Path, sizes: Seque
     Raises:
         UserError: a rehearsal ended with another error.
     """
-    workers = max(1, config.workers or 0)
+    workers = max(1, config.crew.most)
     gpus = min(workers, torch.cuda.device_count())
     config = dataclasses.replace(
         config,
         workers=0,
+        address=None,
         threads=config.threads or max(1, len(os.sched_getaffinity(0)) // workers),
         schedule="one-cycle",
         epochs=1,

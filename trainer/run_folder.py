@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import time
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
@@ -73,6 +74,11 @@ class RunFolder:
         """Where workers that stand still note where they stand, until that is in the journal."""
         return self.path / "stalled"
 
+    @property
+    def engine(self) -> Path:
+        """What the engine that starts the workers keeps for itself while they run."""
+        return self.path / ".engine"
+
     @contextmanager
     def locked(self, patience: float = 30.0) -> Generator[None]:
         """Be the only process that writes here; one that was killed may take `patience` seconds to be gone.
@@ -126,3 +132,13 @@ def write_atomic(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def absolute(path: Path) -> Path:
+    """One spelling for each place, so that the same run is known again from another folder."""
+    return Path(os.path.abspath(path.expanduser()))
+
+
+def slug(name: str) -> str:
+    """A folder name made of harmless characters."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.") or "data"

@@ -1,10 +1,13 @@
-"""Ctrl-C and SIGTERM lead to a checkpoint: the workers are asked to stop at their next step, and given time for it."""
+"""Ctrl-C and SIGTERM lead to a checkpoint: the workers are asked to stop at their next step, and given time for it.
+
+So does the news that a machine is about to leave the cluster; but then the run is to go on, on those that stay.
+"""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -12,6 +15,7 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _asked = threading.Event()
+_leaving: Callable[[], bool] = lambda: False  # noqa: E731  until an engine tells
 
 
 class StoppedError(BaseException):
@@ -27,14 +31,29 @@ class StoppedError(BaseException):
         return 128 + self.number
 
 
+class LeavingError(Exception):
+    """A machine is about to leave the cluster, and the run has a checkpoint: it is to be started again without it."""
+
+
 def listen() -> None:
     """From now on SIGTERM asks this worker process to stop, and with it all of its run; on the main thread."""
     signal.signal(signal.SIGTERM, lambda number, frame: _asked.set())
 
 
-def asked(request: Path | None) -> bool:
+def hear(leaving: Callable[[], bool]) -> None:
+    """From now on `leaving` says whether a machine of this run is about to go; it is called at every step."""
+    global _leaving
+    _leaving = leaving
+
+
+def told_to_stop(request: Path | None) -> bool:
     """Whether this process was asked to stop, or the file `request` is there."""
     return _asked.is_set() or (request is not None and request.exists())
+
+
+def asked(request: Path | None) -> bool:
+    """Whether the run is to end here, for good or to go on without a machine that leaves."""
+    return told_to_stop(request) or _leaving()
 
 
 @contextmanager

@@ -66,7 +66,7 @@ class Trained:
             samples,
             size=config.size,
             # As many images at a time as a worker had in training: they fit into the memory of its device.
-            global_batch=-(-config.global_batch // max(1, config.workers or 1)) * ranks.world_size,
+            global_batch=-(-config.global_batch // max(1, config.crew.most)) * ranks.world_size,
             seed=config.seed,
             rank=ranks.rank,
             world_size=ranks.world_size,

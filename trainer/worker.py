@@ -89,10 +89,17 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, closing: ExitStac
     journal = Journal(folder.journal if lead else None)
     closing.callback(journal.close)
     asked = partial(stopping.asked, folder.stop if lead else None)
-    watchdog = Watchdog(folder.stalled, ranks, config.stall if config.workers else None)
+    watchdog = Watchdog(folder.stalled, ranks, config.stall if config.crew.most else None)
     closing.callback(watchdog.close)
     threads = config.threads or ranks.cores
     torch.set_num_threads(threads)
+
+    def stop(step: int) -> None:
+        """Say why the run ends here; the same on all ranks."""
+        if not any(ranks.gather([stopping.told_to_stop(folder.stop if lead else None)])):
+            journal.write("leaving", step=step)
+            raise stopping.LeavingError
+        journal.write("stopped", step=step)
 
     # Data
     manifest = Manifest.read(folder.manifest)
@@ -160,7 +167,7 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, closing: ExitStac
         mixing=Mixing(mixup=config.mixup, cutmix=config.cutmix),
         classes=len(manifest.classes),
         ema=None if config.ema is None else Ema(model, config.ema),
-        micro_batches=micro_batches(config.global_batch, ranks.world_size, config.micro_batch),
+        micro_batches=micro_batches(config.global_batch, ranks.world_size, config.at_once),
         clip_norm=config.clip_norm or optim.CLIP_NORM.get(config.optimizer),
         compression=config.grad_compression,
         compile=config.compile,
@@ -209,7 +216,7 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, closing: ExitStac
             asked=asked,
         )
         if curve is None:
-            journal.write("stopped", step=0)
+            stop(0)
             return
         choice, base_lr = curve.choose(config.lr_choice)
         if choice != config.lr_choice:
@@ -275,7 +282,7 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, closing: ExitStac
                 if checkpoints.last < done:
                     checkpoints.save(learner, position, done)
                 checkpoints.wait()
-                journal.write("stopped", step=done)
+                stop(done)
                 return
             speed = config.global_batch * (train.steps - start.step) / (time.perf_counter() - clock)
             judgement = evaluate.judge(learner, valid)
@@ -392,7 +399,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True, help="JSON file with settings of TrainConfig")
     try:
         config = TrainConfig.read(parser.parse_args().config)
-        fine_tune(TrainConfig.from_dict({**config.as_dict(), "workers": 0}))
+        fine_tune(TrainConfig.from_dict({**config.as_dict(), "workers": 0, "address": None}))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -6,7 +6,7 @@ import sys
 import pytest
 from PIL import Image
 
-VERBS = ("train", "lr-find", "evaluate", "predict", "scan", "pack", "show-batch", "summary")
+VERBS = ("train", "lr-find", "evaluate", "predict", "scan", "pack", "show-batch", "summary", "doctor")
 
 
 def test_the_installed_command_answers(tmp_path):
@@ -28,7 +28,7 @@ def test_the_installed_command_answers(tmp_path):
 def test_help_reads(onewarp, tmp_path, words):
     told = onewarp(*words)
     assert told.returncode == 0
-    words_of_its_own = {"--help": f"{{{','.join(VERBS)}}}", "predict": "--threshold"}
+    words_of_its_own = {"--help": f"{{{','.join(VERBS)}}}", "predict": "--threshold", "doctor": "--cluster"}
     assert words_of_its_own.get(words[0], "--label-regex") in told.stdout
     assert list(tmp_path.iterdir()) == []
 

@@ -2,21 +2,24 @@
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 from rich.console import Console
 
-from tests.commands import MARK, left_running
+from benchmarks.processes import MARK, left_running, workers
+from tests.listening import listening
 from tests.ranks import on_ranks
 from trainer import TrainConfig, worker
-from trainer.job import prepare
 from trainer.journal import read
+from trainer.prepare import prepare
 
 pytestmark = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two workers take two cores")
 
@@ -38,7 +41,7 @@ def training(data, folder, temporary):
         stderr=subprocess.STDOUT,
         text=True,
         cwd=folder,
-        env={**os.environ, "TMPDIR": str(temporary), MARK: str(temporary), "COLUMNS": "120"},
+        env={**os.environ, "TMPDIR": str(temporary), MARK: str(temporary), "COLUMNS": "120", "WANDB_API_KEY": "0" * 40},
     )
     run = folder / "runs/run"
     begun = len(events(run, "run"))
@@ -69,10 +72,31 @@ def events(run, kind):
     return [event for event in read(run / "journal.jsonl") if event["event"] == kind]
 
 
-def workers(temporary):
-    """Their process ids."""
-    named = {pid: words for pid, words in left_running(temporary).items() if b"RayTrainWorker" in words}
-    return sorted(named)
+def environment(pid):
+    return Path(f"/proc/{pid}/environ").read_bytes() + b"\0"
+
+
+def assert_nobody_else_gets_in(temporary):
+    """Not to Ray's head without the token that its processes have."""
+    (head,) = (words for words in left_running(temporary).values() if b"gcs_server" in words.split(b"\0")[0])
+    port = re.search(rb"gcs_server_port=(\d+)", head)[1].decode()
+    look = f"import ray; ray.init(address='127.0.0.1:{port}', log_to_driver=False); print('in', len(ray.nodes()))"
+    names = ("RAY_AUTH_TOKEN", "RAY_AUTH_MODE")
+    for token, gets_in in ((None, False), ("0" * 64, False), (token_of(temporary), True)):
+        given = {} if token is None else dict(zip(names, (token, "token"), strict=True))
+        told = subprocess.run(
+            [sys.executable, "-c", look],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "TMPDIR": str(temporary), **given},
+            check=False,
+        )
+        assert ("in 1" in told.stdout) == gets_in, told.stdout + told.stderr
+
+
+def token_of(temporary):
+    (pid, *_) = workers(temporary)
+    return re.search(rb"RAY_AUTH_TOKEN=([0-9a-f]{64})\0", environment(pid))[1].decode()
 
 
 def finish(process):
@@ -115,6 +139,11 @@ def same(run, expected):
 def test_workers_that_die_or_stand_still_are_started_again_and_cost_no_bit(small_set, tmp_path, temporary, undisturbed):
     run = tmp_path / "runs/run"
     with training(small_set, tmp_path, temporary) as process:
+        places = listening(left_running(temporary))
+        assert len(places) > 3
+        assert {address for address, _ in places} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+        assert_nobody_else_gets_in(temporary)
+        assert all(b"WANDB_API_KEY=\0" in environment(pid) for pid in workers(temporary))
         os.kill(workers(temporary)[-1], signal.SIGKILL)
         wait_for(lambda: len(events(run, "run")) == 2 and moves(run), process)
         os.kill(workers(temporary)[-1], signal.SIGSTOP)

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from trainer import TrainConfig
-from trainer.job import prepare
+from trainer.prepare import prepare
 
 # What a worker does; but the second has little room from where the steps begin.
 STARVED = """
@@ -21,6 +21,7 @@ from pathlib import Path
 from cluster.launch import launch
 from tests.trainer.test_memory import starve_from_the_first_step
 from trainer import memory
+from trainer.crew import Crew
 from trainer.worker import run
 
 
@@ -32,7 +33,7 @@ def starved(path, ranks, report):
 
 if __name__ == "__main__":
     try:
-        launch(partial(starved, Path(sys.argv[1])), 2)
+        launch(partial(starved, Path(sys.argv[1])), Crew(2, 2))
     except memory.OutOfMemoryError as error:
         print("out of memory:", error)
 """

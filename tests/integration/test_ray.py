@@ -7,7 +7,7 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 
-from tests.commands import MARK, left_running
+from benchmarks.processes import MARK, left_running
 from trainer.journal import read
 
 SETTINGS = ["--model", "test_convnext", "--head", "plain", "--no-pretrained", "--size", "48", "--batch", "8"]

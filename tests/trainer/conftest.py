@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from trainer.config import TrainConfig
-from trainer.job import prepare
+from trainer.prepare import prepare
 
 # A body without batch statistics and without dropout: what it computes does not depend on the number of ranks.
 PLAIN = {

@@ -20,10 +20,10 @@ from tests.trainer.test_parity import epochs, losses
 from trainer import models, optim
 from trainer.batchnorm import synchronised
 from trainer.config import TrainConfig
-from trainer.job import check_batch
 from trainer.loop import train_step
 from trainer.models import Classifier
 from trainer.ranks import Ranks
+from trainer.starting import check_batch
 from trainer.worker import run
 
 ACT = partial(timm.layers.BatchNormAct2d, act_layer=nn.SiLU, drop_layer=partial(nn.Threshold, -0.5, -0.5))

@@ -1,0 +1,100 @@
+"""Starting workers on a Ray cluster that runs already."""
+
+from __future__ import annotations
+
+import os
+
+# Before Ray is imported: it talks to other machines, and tells when one of them is about to leave.
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1")
+os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
+
+# isort: split
+import shutil
+import time
+from functools import partial
+from pathlib import Path
+
+from cluster import engine, rounds
+from cluster.doctor import refuse_the_ill
+from cluster.launch import fit
+
+# isort: split
+import ray
+from ray.train import ScalingConfig
+from rich.console import Console
+
+from pipelines.errors import UserError
+from trainer.crew import Crew
+from trainer.ranks import Failed, Work
+
+RESIZE = 10.0  # seconds between two looks at whether there is room for more workers
+ROOM = "8"  # seconds that room which was there may take to be given; then the number is decided anew
+PATIENCE = 600.0  # seconds for the machines of a cluster to start
+
+
+def launch(
+    work: Work,
+    crew: Crew,
+    restarts: int = 0,
+    failed: Failed | None = None,
+    *,
+    address: str,
+    shared: Path,
+    data: Path | None = None,
+) -> None:
+    """Do `work` on the cluster that answers at `address`, each process on a GPU, or on a core where Ray knows of none.
+
+    Args:
+        shared: a folder for files of Ray's, which all machines see under this path; gone afterwards.
+        data: a folder that all machines read.
+
+    Raises:
+        UserError: there is no such cluster, or too little room in it, or one of its machines lacks something; and as
+            `cluster.launch.launch`.
+    """
+    with engine.joined(address):
+        gpus = wait_for_room(crew, address)
+        refuse_the_ill(rounds.examine(data, shared.parent, thorough=False))
+        if crew.elastic:
+            os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", ROOM)
+        shutil.rmtree(shared, ignore_errors=True)  # of a process that was killed
+        shared.mkdir(parents=True)
+        try:
+            scaling = ScalingConfig(
+                num_workers=(crew.least, crew.most) if crew.elastic else crew.most,  # ty: ignore[invalid-argument-type]
+                use_gpu=gpus > 0,
+                # Workers on CPUs take all cores of a machine, so they keep apart; those with GPUs are near each other.
+                placement_strategy="PACK" if gpus else "SPREAD",
+                elastic_resize_monitor_interval_s=RESIZE,  # ty: ignore[unknown-argument]
+            )
+            fit(work, scaling, shared, restarts, failed)
+        finally:
+            shutil.rmtree(shared, ignore_errors=True)
+
+
+def wait_for_room(crew: Crew, address: str, patience: float = PATIENCE) -> int:
+    """The GPUs of the cluster, once there is room for the least crew: its machines may still be starting.
+
+    Raises:
+        UserError: there is too little after `patience` seconds. Ray would wait for ever.
+    """
+    deadline, told = time.monotonic() + patience, False
+    say = partial(Console(stderr=True).print, highlight=False, soft_wrap=True)
+    while True:
+        resources = ray.cluster_resources()
+        gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+        if crew.least <= (gpus or cores):
+            if not gpus:
+                say(f"workers   on CPU cores: the cluster at {address} has no GPU")
+            return gpus
+        there = f"the cluster at {address} has " + (f"{gpus} GPUs" if gpus else f"{cores} CPU cores and no GPU")
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"--workers {crew}: {there}, one for a worker. Choose fewer, or add machines. (Those that start only "
+                "when they are asked for are asked for by LEAST:MOST, where the least are there.)"
+            )
+        if not told:
+            told = True
+            say(f"waiting   for room for {crew.least} workers; {there}")
+        time.sleep(0.5)

@@ -1,0 +1,58 @@
+"""What is said before workers start on a cluster."""
+
+import pytest
+
+from pipelines.errors import UserError
+from trainer import TrainConfig
+from trainer.crew import Crew
+from trainer.starting import resolve_crew
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """`wait_for_room` of a cluster with these resources; it is imported where what it sets for Ray is taken back."""
+    for name, value in {
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "5",
+    }.items():
+        monkeypatch.setenv(name, value)
+    from cluster import join
+
+    def of(crew, *resources, patience=0.0):
+        answers = iter(resources)
+        monkeypatch.setattr(join.ray, "cluster_resources", lambda: next(answers))
+        return join.wait_for_room(crew, "head:6379", patience)
+
+    return of
+
+
+def test_room_is_of_gpus_where_there_are_some(room, capsys):
+    assert room(Crew(2, 2), {"GPU": 2.0, "CPU": 64.0}) == 2
+    assert room(Crew(1, 8), {"GPU": 1.0, "CPU": 8.0}) == 1
+    assert capsys.readouterr().err == ""
+    assert room(Crew(4, 4), {"CPU": 4.0}) == 0
+    assert "on CPU cores: the cluster at head:6379 has no GPU" in capsys.readouterr().err
+
+
+def test_too_little_room_is_told_and_not_waited_for_for_ever(room, capsys):
+    with pytest.raises(UserError, match=r"--workers 4: the cluster at head:6379 has 2 GPUs, one for a worker\. Choose"):
+        room(Crew(4, 4), {"GPU": 2.0, "CPU": 64.0})
+    with pytest.raises(UserError, match=r"--workers 2:4: the cluster at head:6379 has 1 CPU cores and no GPU"):
+        room(Crew(2, 4), {"CPU": 1.0})
+    # It says so at once, and goes on when machines come.
+    capsys.readouterr()
+    assert room(Crew(2, 4), {}, {"GPU": 1.0}, {"GPU": 2.0}, patience=60) == 2
+    assert capsys.readouterr().err.count("waiting   for room for 2 workers") == 1
+
+
+def test_a_cluster_is_told_how_many_workers(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert resolve_crew(TrainConfig()).workers
+    with pytest.raises(UserError, match=r"On a cluster \(auto\) --workers must be given"):
+        resolve_crew(TrainConfig(address="auto"))
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert resolve_crew(TrainConfig(workers=4000)).address == "10.0.0.1:6379"
+    assert resolve_crew(TrainConfig(workers=0)).address is None
+    with pytest.raises(UserError, match="--address is auto; it must be left out with --workers 0"):
+        TrainConfig(address="auto", workers=0)
