@@ -15,12 +15,11 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from pipelines.decode import DecodeError, decoded
+from pipelines.decode import DecodeError, decoded, decoded_on_gpu
 from pipelines.errors import first_line
 
 PACKAGES = ("onewarp", "torch", "torchvision", "nvidia-dali-cuda130", "ray")
@@ -226,23 +225,10 @@ def _decode() -> str:
             found_HWC = decoded(file.name)
         error = np.abs(found_HWC - expected_HWC).max()
         if _gpus():
-            error = max(error, np.abs(_on_gpu(stream.getvalue()) - expected_HWC).max())
+            error = max(error, np.abs(decoded_on_gpu(stream.getvalue()).astype(int) - expected_HWC).max())
     except (DecodeError, RuntimeError, OSError) as failed:
         return first_line(failed)
     return "" if error <= 4 else f"pixels differ from Pillow's by up to {error}"
-
-
-def _on_gpu(encoded: bytes) -> np.ndarray:
-    from nvidia.dali import fn, pipeline_def
-
-    @pipeline_def(batch_size=1, num_threads=1, device_id=0)
-    def graph() -> Any:
-        return fn.decoders.image(fn.external_source(name="encoded"), device="mixed", jpeg_fancy_upsampling=True)
-
-    pipeline = graph()
-    pipeline.build()
-    pipeline.feed_input("encoded", [np.frombuffer(encoded, np.uint8)])
-    return np.asarray(pipeline.run()[0].as_cpu().at(0), int)
 
 
 def _gb(count: float) -> str:

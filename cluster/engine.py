@@ -39,8 +39,7 @@ def local(cpus: int) -> Generator[str]:
 
     It listens on loopback alone, and to nobody who has not this process's token: other users of the machine.
     """
-    # Given so, the token is not written to the home folder.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    # Ray then asks for a token by itself; given so, it is not written to the home folder.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     temporary = tempfile.gettempdir()
     if len(temporary) > LONGEST_TEMPORARY:

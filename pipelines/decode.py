@@ -28,6 +28,20 @@ def decoded(path: str) -> np.ndarray:
     return Decoder(1, 1).run([Path(path).read_bytes()])[0]
 
 
+def decoded_on_gpu(encoded: bytes) -> np.ndarray:
+    """The pixels of one JPEG as the first GPU decodes them, uint8 [H, W, 3]."""
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=0)
+    def graph() -> Any:
+        source = fn.external_source(name="encoded", dtype=types.DALIDataType.UINT8, ndim=1)
+        return fn.decoders.image(source, device="mixed", jpeg_fancy_upsampling=True)
+
+    pipeline = graph()
+    pipeline.build()
+    pipeline.feed_input("encoded", [np.frombuffer(encoded, np.uint8)])
+    return np.asarray(pipeline.run()[0].as_cpu().at(0))
+
+
 @pipeline_def
 def _graph(peek: bool) -> Any:
     encoded = fn.external_source(name="encoded", dtype=types.DALIDataType.UINT8, ndim=1)

@@ -96,6 +96,6 @@ def test_a_cloud_cluster_is_one_in_rays_eyes():
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     config = yaml.safe_load((FOLDER / "ray-up.yaml").read_text())
-    validate_config(config)
     prepared = prepare_config(config)
+    validate_config(prepared)
     assert prepared["file_mounts"]["/home/ray/.ray/auth_token"]

@@ -19,20 +19,20 @@ pytestmark = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two no
 
 BATCH, IMAGES, PATIENCE = 8, 6400, 180
 STEPS = IMAGES // BATCH
-SETTINGS = ["--model", "test_convnext", "--head", "plain", "--no-pretrained", "--size", "64", "--batch", str(BATCH)]
+SETTINGS = ["--model", "test_convnext", "--head", "plain", "--no-pretrained", "--size", "128", "--batch", str(BATCH)]
 SETTINGS += ["--epochs", "1", "--freeze-epochs", "0", "--lr", "1e-3", "--wandb", "off", "--checkpoint-every", "10"]
 
 
 @pytest.fixture(scope="module")
 def long_set(tmp_path_factory):
-    """One epoch that takes as long as nodes do to come and go: few different images, each there many times."""
+    """One epoch that takes as long as nodes do to come and go: many small images."""
     root = tmp_path_factory.mktemp("data") / "long"
     for label in range(2):
         for split, count in (("train", IMAGES // 2), ("valid", 10)):
             folder = root / split / f"class{label}"
             folder.mkdir(parents=True)
             for i in range(count):
-                colour = (i * 37 % 256, i * 91 % 256, 128 * label)
+                colour = (i % 256, i // 256, 100 * label + 50 * (split == "valid"))
                 Image.new("RGB", (64, 64), colour).save(folder / f"{i}.bmp")
     return root
 
