@@ -13,14 +13,15 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from pipelines.decode import DecodeError, decoded, decoded_on_gpu
+from pipelines.decode import DecodeError, Decoder, decoded_on_gpu
 from pipelines.errors import first_line
+from trainer.memory import in_words
 
 PACKAGES = ("onewarp", "torch", "torchvision", "nvidia-dali-cuda130", "ray")
 DISK, SHM, FILES, STORE, SKEW = 2e9, 60e6, 4096, 75e6, 1.0  # bytes free, bytes, descriptors, bytes, seconds
@@ -47,7 +48,6 @@ class Facts:
     """Bytes free in /dev/shm."""
     files: int
     """Most open files of a process."""
-    cores: int
     gpus: tuple[str, ...] | None = None
     """Their names, as torch sees them; `None` where nobody looked."""
     cannot_decode: str = ""
@@ -77,7 +77,7 @@ class Visit:
     data: Path | None
     runs: Path
     name: str
-    others: tuple[str, ...] = field(default=())
+    others: tuple[str, ...] = ()
     thorough: bool = True
     """Look for GPUs and decode an image, too, which takes seconds."""
 
@@ -94,7 +94,6 @@ def look(visit: Visit) -> Facts:
         disk=shutil.disk_usage(tempfile.gettempdir()).free,
         shm=shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0,
         files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-        cores=len(os.sched_getaffinity(0)),
         gpus=_gpus() if visit.thorough else None,
         cannot_decode=_decode() if visit.thorough else "",
     )
@@ -146,15 +145,15 @@ def _judge(facts: Facts, first: Facts, data: Path | None, runs: Path) -> Iterabl
         not (facts.cannot_write or facts.unseen),
         f"mount one shared, writable folder at {runs} on each machine, or choose another with --runs",
     )
-    yield check("disk", _gb(facts.disk), facts.disk >= DISK, "free some GB where temporary files lie, or set TMPDIR")
+    yield check("disk", in_words(facts.disk), facts.disk >= DISK, "free some where temporary files lie, or set TMPDIR")
     yield check(
         "shm",
-        _gb(facts.shm),
+        in_words(facts.shm),
         facts.shm >= SHM,
         "give the container a larger /dev/shm: docker run --shm-size=2g, or an emptyDir of medium Memory",
     )
     yield check(
-        "store", _gb(facts.store), facts.store >= STORE, "start Ray with --object-store-memory=100000000 or more"
+        "store", in_words(facts.store), facts.store >= STORE, "start Ray with --object-store-memory=100000000 or more"
     )
     yield check("files", f"{facts.files:,}", facts.files >= FILES, f"allow more open files: ulimit -n {16 * FILES}")
     if facts.gpus is not None:
@@ -219,17 +218,10 @@ def _decode() -> str:
     Image.fromarray(pixels_HWC.astype(np.uint8)).save(stream, "JPEG", quality=95)
     expected_HWC = np.asarray(Image.open(stream), int)
     try:
-        with tempfile.NamedTemporaryFile(suffix=".jpg") as file:
-            file.write(stream.getvalue())
-            file.flush()
-            found_HWC = decoded(file.name)
+        (found_HWC,) = Decoder(1, 1).run([stream.getvalue()])
         error = np.abs(found_HWC - expected_HWC).max()
         if _gpus():
             error = max(error, np.abs(decoded_on_gpu(stream.getvalue()).astype(int) - expected_HWC).max())
     except (DecodeError, RuntimeError, OSError) as failed:
         return first_line(failed)
     return "" if error <= 4 else f"pixels differ from Pillow's by up to {error}"
-
-
-def _gb(count: float) -> str:
-    return f"{count / 1e9:,.1f} GB"

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cluster import environment
 from cluster.checkup import Check
 from pipelines.errors import UserError
 from trainer.run_folder import absolute
@@ -45,16 +46,11 @@ def doctor(config: tyro.conf.OmitArgPrefixes[DoctorConfig]) -> None:
     address = config.address or os.environ.get("RAY_ADDRESS")
     data = config.data and absolute(config.data)
     console = Console()
-    if address is None:
-        from cluster import engine
-    else:
-        from cluster.join import engine
-    from cluster import rounds
+    if address is not None:
+        os.environ.setdefault(environment.OTHERS, "1")
+    from cluster import engine, rounds  # which takes seconds
 
-    with (
-        console.status("Looking at each machine …"),
-        engine.local(len(os.sched_getaffinity(0))) if address is None else engine.joined(address),
-    ):
+    with console.status("Looking at each machine …"), engine.at(address):
         checks, links = rounds.examine(data, absolute(config.runs)), rounds.links()
     console.print(table(checks))
     for link in links:

@@ -9,28 +9,26 @@ import signal
 import tempfile
 import threading
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
-# Ray reads these when it is imported; see each name for what it does.
-QUIET_AND_LOCAL = {
-    "RAY_USAGE_STATS_ENABLED": "0",  # no reports home
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # a local cluster listens on loopback alone
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # also how often reports are collected and failures seen
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
-for _name, _value in QUIET_AND_LOCAL.items():
-    os.environ.setdefault(_name, _value)
+from cluster import environment
 
-import ray  # noqa: E402
+os.environ.update({**environment.QUIET, **os.environ})
 
-from pipelines.errors import UserError, first_line  # noqa: E402
+# isort: split
+import ray
+
+from pipelines.errors import UserError, first_line
 
 # In workers: loopback, what libraries leave goes with Ray's own (it kills them), and the key of wandb is not theirs.
 WORKERS = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "WANDB_API_KEY": ""}
 OBJECT_STORE_BYTES = 100 * 2**20  # workers share files, not objects
 LONGEST_TEMPORARY = 24  # characters: Ray's sockets lie 83 deeper, and a socket's path ends at 107
+
+
+def at(address: str | None) -> AbstractContextManager[object]:
+    """The cluster that answers at `address`; where that is `None`, this machine with all its cores."""
+    return local(len(os.sched_getaffinity(0))) if address is None else joined(address)
 
 
 @contextmanager

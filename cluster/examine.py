@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 
 from cluster import engine  # first: it sets what Ray reads when it is imported
 
@@ -21,31 +20,28 @@ from pipelines.scanning import Examine
 CHUNK = 256  # files in a task: some tenths of a second, against some milliseconds that a task costs
 
 
-def over_ray(address: str) -> Examine:
+def over_ray(address: str | None) -> Examine:
     """What `pipelines.scan` takes as `examine`: it starts or joins Ray when there are files, and leaves it again.
 
     Args:
-        address: `local` for this machine, else where a cluster answers; all its machines must see the folder.
+        address: where a cluster answers, all of whose machines must see the folder; `None` for this machine.
     """
 
     def examine(files: Sequence[str], *, progress: Progress | None, max_pixels: int) -> list[Decoded | Refused]:
         try:
-            with _ray(address):
+            with engine.at(address):
                 return _examine(files, progress, max_pixels)
         except RayError as error:
             cause = error.cause if isinstance(error, RayTaskError) else error
             if isinstance(cause, UserError):
                 raise UserError(str(cause)) from None
             raise UserError(
-                f"--address {address}: the scan ended on the cluster with {type(cause).__name__}: {first_line(cause)}. "
-                "Check that its machines have this version of the package, or scan without --address."
+                f"--address {address or 'local'}: the scan ended on the cluster with {type(cause).__name__}: "
+                f"{first_line(cause)}. Check that its machines have this version of the package, or scan without "
+                "--address."
             ) from error
 
     return examine
-
-
-def _ray(address: str) -> AbstractContextManager[object]:
-    return engine.local(len(os.sched_getaffinity(0))) if address == "local" else engine.joined(address)
 
 
 def _examine(files: Sequence[str], progress: Progress | None, max_pixels: int) -> list[Decoded | Refused]:

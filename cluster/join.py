@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-
-# Before Ray is imported: it talks to other machines, and tells when one of them is about to leave.
-os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1")
-os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1")
-os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
-
-# isort: split
 import shutil
 import time
 from functools import partial
 from pathlib import Path
 
+from cluster import environment
+
+os.environ.setdefault(environment.OTHERS, "1")
+
+# isort: split
 from cluster import engine, rounds
 from cluster.doctor import refuse_the_ill
 from cluster.launch import fit

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster import engine  # first: it sets what Ray reads when it is imported
+from cluster import engine, leaving  # first: engine sets what Ray reads when it is imported
 
 # isort: split
 import ray.train
@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.execution.context import get_train_context
 
 from pipelines.errors import UserError, first_line
 from trainer import memory, stopping
@@ -108,13 +107,7 @@ def _do(work: Work) -> None:
         local_rank=context.get_local_rank(),
         local_world_size=context.get_local_world_size(),
     )
-    stopping.hear(_machine_leaves)
     work(ranks, lambda metrics: ray.train.report(metrics))
-
-
-def _machine_leaves() -> bool:
-    # ray.train.get_preemption_info says the same, and waits for all workers in it.
-    return get_train_context().preemption_context.preemption_info is not None
 
 
 def _meet(rank: int, place: str, config: Torch, world_size: int) -> None:
@@ -136,6 +129,9 @@ class _Backend(TorchConfig().backend_cls):
     def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
         super().on_training_start(worker_group, backend_config)
         worker_group.execute(stopping.listen)  # work itself runs on another thread than the one that signals reach
+        if backend_config.meeting is None:  # one asks for all
+            nodes = frozenset(worker.metadata.node_id for worker in worker_group.get_workers())
+            worker_group.execute_single(0, leaving.watch, nodes)
 
 
 @dataclass
@@ -180,9 +176,11 @@ class Failures(UserCallback):
         if died and (here or any(_ENDED_BY_RAY in str(each) for each in died)):
             which = "this" if self._alone else "a"
             raise memory.OutOfMemoryError(f"The memory of {which} machine ran out, and a worker was ended for it.")
-        if self._left == 0:
-            raise WorkersError("\n".join(str(error) for error in worker_exceptions.values()))
-        self._left -= 1
+        # A machine that was told to leave may be gone before its workers have.
+        if not any(getattr(error, "preempted", False) for error in died):
+            if self._left == 0:
+                raise WorkersError("\n".join(str(error) for error in worker_exceptions.values()))
+            self._left -= 1
         if self._failed is not None:
             reasons = {
                 rank: first_line(getattr(error, "health_check_failure", error))

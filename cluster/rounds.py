@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import socket
 import time
 import uuid
 from collections.abc import Sequence
@@ -74,25 +75,27 @@ def examine(data: Path | None, runs: Path, *, thorough: bool = True) -> list[Che
 
 def links() -> list[Link]:
     """How each pair of machines talks by gloo; of many machines each with its neighbours."""
-    names = [node["NodeID"] for node in _nodes()]
-    pairs = list(itertools.combinations(names, 2))
-    if len(pairs) > PAIRS:
-        pairs = list(zip(names, [*names[1:], names[0]], strict=True))
-    return [_link(*pair) for pair in pairs]
-
-
-def _link(one: str, other: str) -> Link:
-    ends = [_on(name, _End).remote() for name in (one, other)]
-    hosts = _ask([end.host.remote() for end in ends])
+    ends = [_on(node["NodeID"], _End).remote() for node in _nodes()]
     try:
-        ((address, port),) = _ask([ends[0].meeting.remote()])
-        took = _ask([end.talk.remote(rank, address, port) for rank, end in enumerate(ends)])[0]
-        return Link(hosts=(hosts[0], hosts[1]), milliseconds=took[0], megabytes=took[1])
-    except Exception as error:
-        return Link(hosts=(hosts[0], hosts[1]), failed=first_line(error))
+        named = list(zip(ends, _ask([end.host.remote() for end in ends]), strict=True))
+        pairs = list(itertools.combinations(named, 2))
+        if len(pairs) > PAIRS:
+            pairs = list(zip(named, [*named[1:], named[0]], strict=True))
+        return [_link(*pair) for pair in pairs]
     finally:
         for end in ends:
             ray.kill(end)
+
+
+def _link(*named: tuple[Any, str]) -> Link:
+    """Two ends, each with the name of its machine."""
+    hosts = (named[0][1], named[1][1])
+    try:
+        ((address, port),) = _ask([named[0][0].meeting.remote()])
+        took = _ask([end.talk.remote(rank, address, port) for rank, (end, _) in enumerate(named)])[0]
+    except UserError as error:
+        return Link(hosts=hosts, failed=first_line(error))
+    return Link(hosts=hosts, milliseconds=took[0], megabytes=took[1])
 
 
 @ray.remote(num_cpus=0)
@@ -100,14 +103,10 @@ class _End:
     """One end of a link."""
 
     def host(self) -> str:
-        import socket
-
         return socket.gethostname()
 
     def meeting(self) -> tuple[str, int]:
         """Where the two meet: a port that is free here."""
-        import socket
-
         with socket.socket() as probe:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]

@@ -12,6 +12,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
+from cluster import environment
 from cluster.source import Source, scanned
 from pipelines import duplicates
 from pipelines.errors import UserError
@@ -88,9 +89,10 @@ def scan(config: tyro.conf.OmitArgPrefixes[Scan]) -> None:
 def _over_ray(address: str | None) -> Examine | None:
     if address is None:
         return None
-    if address != "local":
-        # Before Ray is imported: it is to talk to other machines.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1")
+    if address == "local":
+        address = None
+    else:
+        os.environ.setdefault(environment.OTHERS, "1")
     from cluster.examine import over_ray  # which takes seconds
 
     return over_ray(address)

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {"pipelines": set(), "trainer": {"pipelines"}, "cluster": {"pipelines", "trainer"}}
 LAYERS["benchmarks"] = {"pipelines", "trainer"}
 ENGINES = {
-    "ray": {f"cluster/{name}.py" for name in ("engine", "launch", "join", "examine", "rounds")},
+    "ray": {f"cluster/{name}.py" for name in ("engine", "launch", "leaving", "join", "examine", "rounds")},
     "wandb": {"trainer/tracking.py"},
     "nvidia": {
         *("pipelines/graph.py", "pipelines/decode.py", "pipelines/firewall.py"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -15,7 +15,7 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _asked = threading.Event()
-_leaving: Callable[[], bool] = lambda: False  # noqa: E731  until an engine tells
+_leaving = threading.Event()
 
 
 class StoppedError(BaseException):
@@ -40,10 +40,9 @@ def listen() -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: _asked.set())
 
 
-def hear(leaving: Callable[[], bool]) -> None:
-    """From now on `leaving` says whether a machine of this run is about to go; it is called at every step."""
-    global _leaving
-    _leaving = leaving
+def leave() -> None:
+    """Ask this worker process to stop, because a machine of the run is about to go."""
+    _leaving.set()
 
 
 def told_to_stop(request: Path | None) -> bool:
@@ -53,7 +52,7 @@ def told_to_stop(request: Path | None) -> bool:
 
 def asked(request: Path | None) -> bool:
     """Whether the run is to end here, for good or to go on without a machine that leaves."""
-    return told_to_stop(request) or _leaving()
+    return told_to_stop(request) or _leaving.is_set()
 
 
 @contextmanager

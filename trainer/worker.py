@@ -88,7 +88,8 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, closing: ExitStac
         closing.enter_context(folder.locked(patience=300))  # a worker that was killed may hang on its disk
     journal = Journal(folder.journal if lead else None)
     closing.callback(journal.close)
-    asked = partial(stopping.asked, folder.stop if lead else None)
+    request = folder.stop if lead else None
+    asked = partial(stopping.asked, request)
     watchdog = Watchdog(folder.stalled, ranks, config.stall if config.crew.most else None)
     closing.callback(watchdog.close)
     threads = config.threads or ranks.cores
@@ -96,7 +97,7 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, closing: ExitStac
 
     def stop(step: int) -> None:
         """Say why the run ends here; the same on all ranks."""
-        if not any(ranks.gather([stopping.told_to_stop(folder.stop if lead else None)])):
+        if not any(ranks.gather([stopping.told_to_stop(request)])):
             journal.write("leaving", step=step)
             raise stopping.LeavingError
         journal.write("stopped", step=step)

@@ -18,7 +18,6 @@ WELL = Facts(
     disk=10**11,
     shm=10**9,
     files=65536,
-    cores=8,
     gpus=("H100", "H100"),
     store=1e8,
     promised=2,
@@ -97,7 +96,7 @@ def test_the_table_has_a_row_for_each_machine(tmp_path):
 
 
 def test_pixels_that_differ_from_pillows_are_an_ill(monkeypatch):
-    decode = checkup.decoded
+    run = checkup.Decoder.run
     assert checkup._decode() == ""
-    monkeypatch.setattr(checkup, "decoded", lambda path: decode(path) ^ 255)
+    monkeypatch.setattr(checkup.Decoder, "run", lambda *words: [pixels ^ 255 for pixels in run(*words)])
     assert "differ from Pillow's" in checkup._decode()

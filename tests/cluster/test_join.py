@@ -2,6 +2,7 @@
 
 import pytest
 
+from cluster import environment
 from pipelines.errors import UserError
 from trainer import TrainConfig
 from trainer.crew import Crew
@@ -11,12 +12,7 @@ from trainer.starting import resolve_crew
 @pytest.fixture
 def room(monkeypatch):
     """`wait_for_room` of a cluster with these resources; it is imported where what it sets for Ray is taken back."""
-    for name, value in {
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "5",
-    }.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv(environment.OTHERS, "0")
     from cluster import join
 
     def of(crew, *resources, patience=0.0):

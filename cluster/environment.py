@@ -1,0 +1,12 @@
+"""What Ray reads in the environment when it is imported, and so not later; what a user has set there stays."""
+
+OTHERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": Ray listens on loopback alone; "1": it talks to other machines
+
+QUIET = {
+    OTHERS: "0",  # who joins a cluster says otherwise, first
+    "RAY_USAGE_STATS_ENABLED": "0",  # no reports home
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # cluster.leaving does it
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # also how often reports are collected and failures seen
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}

@@ -1,0 +1,48 @@
+"""What ended the workers, and whether they are started again."""
+
+import pytest
+from ray.core.generated.common_pb2 import ActorDiedErrorContext, NodeDeathInfo
+from ray.exceptions import ActorDiedError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+from cluster.launch import Failures, WorkersError
+from pipelines.errors import UserError
+from trainer.stopping import LeavingError
+
+
+def gone(reason, message="its node has died"):
+    why = NodeDeathInfo(reason=reason)
+    died = ActorDiedErrorContext(actor_id=bytes(16), error_message=message, node_death_info=why)
+    return WorkerHealthCheckFailedError("A worker health check failed.", ActorDiedError(died))
+
+
+KILLED, TOLD_TO_LEAVE = gone(NodeDeathInfo.UNEXPECTED_TERMINATION), gone(NodeDeathInfo.AUTOSCALER_DRAIN_PREEMPTED)
+
+
+def met(exceptions, restarts):
+    told = []
+    failures = Failures(told.append, restarts, alone=False)
+    for each in exceptions:
+        failures.after_exception(None, each)
+    return told
+
+
+def test_so_many_failures_and_one_more():
+    lost = {0: RuntimeError("Connection reset\nby peer"), 1: KILLED}
+    told = {0: "Connection reset", 1: "The actor died unexpectedly before finishing this task."}
+    assert met([lost, lost], 2) == [told, told]
+    with pytest.raises(WorkersError, match="its node has died"):
+        met([lost, lost], 1)
+
+
+def test_a_machine_that_was_told_to_leave_is_no_failure():
+    assert met([{0: LeavingError(), 1: LeavingError()}] * 3, 0) == []
+    # It was gone before its worker could leave, and the other lost it: that is told, and costs no restart.
+    assert len(met([{0: RuntimeError("Connection reset"), 1: TOLD_TO_LEAVE}] * 3, 0)) == 3
+
+
+def test_what_would_be_met_again_ends_the_training():
+    mistake = RuntimeError()
+    mistake.__cause__ = UserError("--lr is too high.")
+    with pytest.raises(UserError, match="--lr is too high"):
+        met([{0: mistake, 1: KILLED}], 9)
