@@ -125,9 +125,9 @@ class Outcome:
 
 def hit(training: Training, outcome: Outcome, strike: Callable[[], None], rng: random.Random) -> None:
     """Kill something a random number of steps after the training has gone on from the last time."""
-    begun, steps = len(training.events("run")), len(training.events("step")) + rng.randint(2, 2 * EVERY)
+    steps = len(training.events("step")) + rng.randint(2, 2 * EVERY)
     training.wait_for(lambda: len(training.events("step")) >= steps)
-    clock = time.time()
+    begun, clock = len(training.events("run")), time.time()
     strike()
     training.wait_for(lambda: len(training.events("run")) > begun)
     again = training.events("run")[begun]
@@ -171,9 +171,8 @@ def killed(kind: Kind, options: FaultOptions, folder: Path, epochs: int, expecte
     return outcome
 
 
-def killed_in_writing(options: FaultOptions, folder: Path, epochs: int, expected: dict[str, Any]) -> Outcome:
-    """The command and its workers, while a checkpoint is half written."""
-    outcome = Outcome([], [])
+def survives_writing(options: FaultOptions, folder: Path, epochs: int, expected: dict[str, Any]) -> bool:
+    """Whether it ends as `expected`, though it and its workers are killed while a checkpoint is half written."""
     training = Training(folder, options, epochs, None)
     for _ in range(options.writing):
         training.step_after(len(training.events("step")))
@@ -182,8 +181,7 @@ def killed_in_writing(options: FaultOptions, folder: Path, epochs: int, expected
             os.kill(pid, signal.SIGKILL)
         training.process.wait()
         training.start()
-    outcome.same = equal(training.finish(), expected) and whole(training)
-    return outcome
+    return equal(training.finish(), expected) and whole(training)
 
 
 def equal(found: dict[str, Any], expected: dict[str, Any]) -> bool:
@@ -224,7 +222,7 @@ def cost(options: FaultOptions, folder: Path) -> list[tuple[float, float]]:
 
 def main(options: FaultOptions) -> Record:
     if options.quick:
-        options = replace(options, kills=1, writing=1, pairs=0)
+        options = replace(options, kills=min(options.kills, 1), writing=1, pairs=0)
     data, kinds = open_data(options), dict.fromkeys(KINDS, options.kills)
     per_epoch = len(data.train) // 8
     figures: list[Figure] = []
@@ -239,10 +237,10 @@ def main(options: FaultOptions) -> Record:
             figures += list(cells(row, outcome))
             print(f"{row}: same {outcome.same}, lost {outcome.lost}, seconds {outcome.seconds}", flush=True)
         if options.writing:
-            outcome = killed_in_writing(options, _folder(place, "writing"), epochs, expected)
+            same = survives_writing(options, _folder(place, "writing"), epochs, expected)
             row = "kill -9 while a checkpoint is written"
             figures.append(Figure(row=row, column=COUNT, samples=[float(options.writing)]))
-            figures.append(Figure(row=row, column=SAME, samples=[float(outcome.same)]))
+            figures.append(Figure(row=row, column=SAME, samples=[float(same)]))
         if options.pairs:
             pairs = cost(replace(options, data="breeds"), _folder(place, "cost"))
             row = "a checkpoint after every 20 steps"

@@ -2,22 +2,18 @@
 
 import os
 import signal
-import subprocess
-import sys
-import time
-from contextlib import contextmanager
 
 import pytest
 import safetensors.torch
 from PIL import Image
 
 from benchmarks.nodes import RAY, nodes
-from benchmarks.processes import MARK, left_running, workers
-from trainer.journal import read
+from benchmarks.processes import left_running, workers
+from tests.commands import PATIENCE, begun, events, onewarp, wait_for
 
 pytestmark = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two nodes take two cores")
 
-BATCH, IMAGES, PATIENCE = 8, 6400, 180
+BATCH, IMAGES = 8, 6400
 STEPS = IMAGES // BATCH
 SETTINGS = ["--model", "test_convnext", "--head", "plain", "--no-pretrained", "--size", "128", "--batch", str(BATCH)]
 SETTINGS += ["--epochs", "1", "--freeze-epochs", "0", "--lr", "1e-3", "--wandb", "off", "--checkpoint-every", "10"]
@@ -37,51 +33,9 @@ def long_set(tmp_path_factory):
     return root
 
 
-@contextmanager
-def training(data, folder, temporary, address, crew, *words):
-    command = [sys.executable, "-m", "cluster.cli", "train", "--data", str(data), "--name", "run"]
-    process = subprocess.Popen(
-        [*command, *SETTINGS, "--address", address, "--workers", crew, *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=folder,
-        env={**os.environ, **RAY, "TMPDIR": str(temporary), MARK: str(temporary), "COLUMNS": "120"},
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
-
-
-def doctor(address, *words, folder, temporary):
-    return subprocess.run(
-        [sys.executable, "-m", "cluster.cli", "doctor", "--cluster", "--address", address, *words],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**os.environ, **RAY, "TMPDIR": str(temporary), "COLUMNS": "200"},
-        check=False,
-    )
-
-
-def events(run, *kinds):
-    return [event for event in read(run / "journal.jsonl") if event["event"] in kinds]
-
-
-def wait_for(condition, process):
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 def moves(run, starts, world_size):
     """Its workers were started so often, the last time as so many, and have taken steps and kept them since."""
-    found = read(run / "journal.jsonl")
+    found = events(run)
     begun = [i for i, event in enumerate(found) if event["event"] == "run"]
     if len(begun) < starts:
         return False
@@ -102,12 +56,14 @@ def test_nodes_leave_and_come_and_no_batch_is_lost(long_set, tmp_path, temporary
     run = tmp_path / "runs/run"
     with nodes(temporary) as cluster:
         first, second = cluster.add(), cluster.add()
-        looked = doctor(cluster.address, "--data", str(long_set), folder=tmp_path, temporary=temporary)
+        place = ["--address", cluster.address, "--data", long_set]
+        looked = onewarp(tmp_path, temporary, "doctor", "--cluster", *place, **RAY)
         assert looked.returncode == 0, looked.stdout + looked.stderr
         assert looked.stdout.count(" MB/s") == 3  # the head and two nodes
         assert "All is well." in looked.stdout
         # One failure may be: that of the node that is killed. One that leaves in good order is none.
-        with training(long_set, tmp_path, temporary, cluster.address, "1:2", "--restarts", "1") as process:
+        words = [*place, "--name", "run", *SETTINGS, "--workers", "1:2", "--restarts", "1"]
+        with begun(tmp_path, temporary, "train", *words, **RAY) as process:
             wait_for(lambda: moves(run, 1, 2), process)
             second.kill()
             wait_for(lambda: moves(run, 2, 1), process)
@@ -128,9 +84,8 @@ def test_nodes_leave_and_come_and_no_batch_is_lost(long_set, tmp_path, temporary
     assert sorted(losses(run)) == list(range(STEPS))
     alone = tmp_path / "alone"
     alone.mkdir()
-    words = ["--data", str(long_set), "--name", "run", "--workers", "0"]
-    command = [sys.executable, "-m", "cluster.cli", "train", *words, *SETTINGS]
-    subprocess.run(command, cwd=alone, check=True, capture_output=True)
+    told = onewarp(alone, temporary, "train", "--data", long_set, "--name", "run", *SETTINGS, "--workers", "0")
+    assert told.returncode == 0, told.stdout + told.stderr
     expected = losses(alone / "runs/run")
     assert losses(run) == pytest.approx(expected, rel=1e-3)
     one, other = (safetensors.torch.load_file(folder / "model.safetensors") for folder in (run, alone / "runs/run"))

@@ -3,9 +3,6 @@
 import io
 import os
 import signal
-import subprocess
-import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,11 +10,11 @@ import pytest
 import safetensors.torch
 from rich.console import Console
 
-from benchmarks.processes import MARK, left_running, workers
+from benchmarks.processes import left_running, workers
+from tests.commands import PATIENCE, begun, events, wait_for
 from tests.listening import listening
 from tests.ranks import on_ranks
 from trainer import TrainConfig, worker
-from trainer.journal import read
 from trainer.prepare import prepare
 
 pytestmark = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two workers take two cores")
@@ -27,48 +24,22 @@ STEPS = 53 // 8 * (EPOCHS + 1)
 SETTINGS = ["--model", "test_convnext", "--head", "plain", "--no-pretrained", "--size", "48", "--batch", "8"]
 SETTINGS += ["--epochs", str(EPOCHS), "--lr", "1e-3", "--wandb", "off", "--checkpoint-every", "4"]
 SETTINGS += ["--stall", "8", "--grace", "10"]
-PATIENCE = 120  # seconds; nothing here should take half of it
 
 
 @contextmanager
 def training(data, folder, temporary):
     """The command, which has started its workers and taken some steps when this yields."""
-    command = [sys.executable, "-m", "cluster.cli", "train", "--data", str(data), "--name", "run", "--workers", "2"]
-    process = subprocess.Popen(
-        [*command, *SETTINGS],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=folder,
-        env={**os.environ, "TMPDIR": str(temporary), MARK: str(temporary), "COLUMNS": "120", "WANDB_API_KEY": "0" * 40},
-    )
-    run = folder / "runs/run"
-    begun = len(events(run, "run"))
-    try:
-        wait_for(lambda: len(events(run, "run")) > begun and moves(run), process)
+    run, words = folder / "runs/run", ["--data", data, "--name", "run", "--workers", "2", *SETTINGS]
+    runs = len(events(run, "run"))
+    with begun(folder, temporary, "train", *words, WANDB_API_KEY="0" * 40) as process:
+        wait_for(lambda: len(events(run, "run")) > runs and moves(run), process)
         yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
 
 
 def moves(run):
     """Its workers have taken some steps since they were started last, and written a checkpoint."""
-    found = read(run / "journal.jsonl")
+    found = events(run)
     return [event["event"] for event in found[found.index(events(run, "run")[-1]) :]].count("step") >= 6
-
-
-def wait_for(condition, process):
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def events(run, kind):
-    return [event for event in read(run / "journal.jsonl") if event["event"] == kind]
 
 
 def environment(pid):

@@ -1,14 +1,12 @@
 """A whole job on two real Ray workers, and what it leaves behind."""
 
 import os
-import subprocess
-import sys
 
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.processes import MARK, left_running
-from trainer.journal import read
+from benchmarks.processes import left_running
+from tests.commands import events, onewarp
 
 SETTINGS = ["--model", "test_convnext", "--head", "plain", "--no-pretrained", "--size", "48", "--batch", "8"]
 SETTINGS += ["--epochs", "1", "--lr", "1e-3", "--wandb", "off"]
@@ -16,17 +14,6 @@ SETTINGS += ["--epochs", "1", "--lr", "1e-3", "--wandb", "off"]
 
 def train(data, folder, temporary, *words, settings=SETTINGS):
     return onewarp(folder, temporary, "train", "--data", data, *settings, *words)
-
-
-def onewarp(folder, temporary, *words):
-    return subprocess.run(
-        [sys.executable, "-m", "cluster.cli", *map(str, words)],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**os.environ, "TMPDIR": str(temporary), MARK: str(temporary), "COLUMNS": "120"},
-        check=False,
-    )
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two workers take two cores")
@@ -39,9 +26,8 @@ def test_two_workers_train_and_agree_with_one(small_set, tmp_path, temporary):
     assert "go on with  onewarp train" in two.stdout
     zero = train(small_set, tmp_path, temporary, "--name", "zero", "--workers", "0")
     assert zero.returncode == 0, zero.stdout + zero.stderr
-    events = {name: read(tmp_path / "runs" / name / "journal.jsonl") for name in ("two", "zero")}
-    assert [e["world_size"] for e in events["two"] if e["event"] == "run"] == [2]
-    losses = {name: [e["loss"] for e in events[name] if e["event"] == "step"] for name in events}
+    assert [event["world_size"] for event in events(tmp_path / "runs/two", "run")] == [2]
+    losses = {name: [event["loss"] for event in events(tmp_path / "runs" / name, "step")] for name in ("two", "zero")}
     assert len(losses["two"]) == 12
     assert losses["two"] == pytest.approx(losses["zero"], rel=1e-4)
 
