@@ -56,8 +56,9 @@ def doctor(config: tyro.conf.OmitArgPrefixes[DoctorConfig]) -> None:
     for link in links:
         console.print(_in_words(link), highlight=False, soft_wrap=True)
     ills = _ills(checks) + [
-        f"{' and '.join(link.hosts)}: they do not talk: {link.failed}. To mend it, open all ports between the "
-        "machines, or name the network that they share: GLOO_SOCKET_IFNAME (and for GPUs NCCL_SOCKET_IFNAME)."
+        f"{' and '.join(link.hosts)}: they do not talk by {link.backend}: {link.failed}. To mend it, open all ports "
+        "between the machines, or name the network that they share: GLOO_SOCKET_IFNAME, and for GPUs "
+        "NCCL_SOCKET_IFNAME."
         for link in links
         if link.failed
     ]
@@ -96,4 +97,4 @@ def table(checks: Sequence[Check]) -> Table:
 
 def _in_words(link: Link) -> str:
     how = link.failed or f"{link.milliseconds:.2f} ms, {link.megabytes:,.0f} MB/s"
-    return f"{' – '.join(link.hosts)}: {how}"
+    return f"{' – '.join(link.hosts)}: {link.backend}: {how}"

@@ -32,6 +32,8 @@ class Link:
     """Two machines, and how fast sums go between them."""
 
     hosts: tuple[str, str]
+    backend: str = "gloo"
+    """Of torch.distributed."""
     milliseconds: float = 0.0
     """An all-reduce of one number, median."""
     megabytes: float = 0.0
@@ -74,28 +76,32 @@ def examine(data: Path | None, runs: Path, *, thorough: bool = True) -> list[Che
 
 
 def links() -> list[Link]:
-    """How each pair of machines talks by gloo; of many machines each with its neighbours."""
-    ends = [_on(node["NodeID"], _End).remote() for node in _nodes()]
+    """How each pair of machines talks, by gloo, and by nccl where both have GPUs; of many, each with its neighbours."""
+    nodes = _nodes()
+    ends = [_on(node["NodeID"], _End).remote() for node in nodes]
     try:
-        named = list(zip(ends, _ask([end.host.remote() for end in ends]), strict=True))
-        pairs = list(itertools.combinations(named, 2))
+        hosts = _ask([end.host.remote() for end in ends])
+        pairs = list(itertools.combinations(range(len(ends)), 2))
         if len(pairs) > PAIRS:
-            pairs = list(zip(named, [*named[1:], named[0]], strict=True))
-        return [_link(*pair) for pair in pairs]
+            pairs = [(i, (i + 1) % len(ends)) for i in range(len(ends))]
+        return [
+            _link(backend, (ends[i], ends[j]), (hosts[i], hosts[j]))
+            for i, j in pairs
+            for backend in ("gloo", "nccl")
+            if backend == "gloo" or all(nodes[at]["Resources"].get("GPU") for at in (i, j))
+        ]
     finally:
         for end in ends:
             ray.kill(end)
 
 
-def _link(*named: tuple[Any, str]) -> Link:
-    """Two ends, each with the name of its machine."""
-    hosts = (named[0][1], named[1][1])
+def _link(backend: str, ends: tuple[Any, Any], hosts: tuple[str, str]) -> Link:
     try:
-        ((address, port),) = _ask([named[0][0].meeting.remote()])
-        took = _ask([end.talk.remote(rank, address, port) for rank, (end, _) in enumerate(named)])[0]
+        ((address, port),) = _ask([ends[0].meeting.remote()])
+        took = _ask([end.talk.remote(backend, rank, address, port) for rank, end in enumerate(ends)])[0]
     except UserError as error:
-        return Link(hosts=hosts, failed=first_line(error))
-    return Link(hosts=hosts, milliseconds=took[0], megabytes=took[1])
+        return Link(hosts=hosts, backend=backend, failed=first_line(error))
+    return Link(hosts=hosts, backend=backend, milliseconds=took[0], megabytes=took[1])
 
 
 @ray.remote(num_cpus=0)
@@ -111,17 +117,18 @@ class _End:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
-    def talk(self, rank: int, address: str, port: int) -> tuple[float, float]:
+    def talk(self, backend: str, rank: int, address: str, port: int) -> tuple[float, float]:
         """Milliseconds of a small all-reduce, and megabytes of a large one in a second."""
         dist.init_process_group(
-            "gloo",
+            backend,
             init_method=f"tcp://{address}:{port}",
             rank=rank,
             world_size=2,
             timeout=timedelta(seconds=PATIENCE / 2),
         )
         try:
-            small, large = torch.zeros(1), torch.zeros(MEGABYTES * 2**20 // 4)
+            device = torch.device("cuda", 0) if backend == "nccl" else torch.device("cpu")
+            small, large = (torch.zeros(count, device=device) for count in (1, MEGABYTES * 2**20 // 4))
             times = sorted(_timed(small) for _ in range(PINGS))
             return 1e3 * times[PINGS // 2], MEGABYTES * 2**20 / 1e6 / min(_timed(large) for _ in range(3))
         finally:
@@ -131,6 +138,8 @@ class _End:
 def _timed(tensor: torch.Tensor) -> float:
     clock = time.perf_counter()
     dist.all_reduce(tensor)
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
     return time.perf_counter() - clock
 
 

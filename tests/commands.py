@@ -9,31 +9,36 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.nodes import HERE, Host
 from benchmarks.processes import MARK
 from trainer.journal import read
 
 PATIENCE = 180  # seconds; nothing that is waited for should take half of it
 
 
-def _words(folder: Path, temporary: Path, words: tuple[object, ...], environment: dict[str, str]) -> dict[str, Any]:
+def _words(
+    folder: Path, temporary: Path, host: Host, words: tuple[object, ...], environment: dict[str, str]
+) -> dict[str, Any]:
     return {
-        "args": [sys.executable, "-m", "cluster.cli", *map(str, words)],
+        "args": [*host.entered, sys.executable, "-m", "cluster.cli", *map(str, words)],
         "text": True,
         "cwd": folder,
         "env": {**os.environ, "TMPDIR": str(temporary), MARK: str(temporary), "COLUMNS": "200", **environment},
     }
 
 
-def onewarp(folder: Path, temporary: Path, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+def onewarp(
+    folder: Path, temporary: Path, *words: object, host: Host = HERE, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """`onewarp WORDS` in `folder`, ended; what it starts lies in `temporary` and is marked with it."""
-    return subprocess.run(**_words(folder, temporary, words, environment), capture_output=True, check=False)
+    return subprocess.run(**_words(folder, temporary, host, words, environment), capture_output=True, check=False)
 
 
 @contextmanager
 def begun(folder: Path, temporary: Path, *words: object, **environment: str) -> Generator[subprocess.Popen[str]]:
     """The same while it goes on; killed in the end, if it is still there."""
     told = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(**_words(folder, temporary, words, environment), **told)
+    process = subprocess.Popen(**_words(folder, temporary, HERE, words, environment), **told)
     try:
         yield process
     finally:
