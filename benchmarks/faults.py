@@ -8,6 +8,9 @@ started again with the same words. What counts is read from the journal: every s
 the same loss; and the weights at the end are those of a run that nothing happened to. The clock runs from the signal to
 the end of the next step. Kills while a checkpoint is written are sent when its unfinished folder appears.
 
+On one machine a worker is stopped (SIGSTOP), and SIGTERM is sent to the command and to a worker in turn; then the clock
+runs to the end of the command, which must leave a checkpoint of its last step.
+
 What checkpoints cost is measured without Ray: steps with a checkpoint after every 20 take turns, run by run, with steps
 without.
 """
@@ -42,19 +45,22 @@ EVERY = 10  # steps from one checkpoint to the next
 POLL = 0.2  # seconds between two looks; what is told are the times in the journal
 PATIENCE = 180.0  # seconds for anything to happen
 WARM = 10  # steps that count for no speed
-COUNT, SAME, LOST = "kills", "weights equal to the bit, of 1 run", "steps lost, most"
-AGAIN, SLOWEST = "to the next step, s", "slowest, s"
+STALL = 10.0  # seconds that a worker may stand still
+COUNT, SAME, LOST = "times", "weights equal to the bit, of 1 run", "steps lost, most"
+AGAIN, ENDED, SLOWEST = "to the next step, s", "to the end, s", "slowest, s"
 _ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FaultOptions(Options):
-    """Kill what trains, and see that nothing is lost."""
+    """Hit what trains, and see that nothing is lost."""
 
     kills: int = 10
     """Of each kind: a worker, a node, the command."""
     writing: int = 20
     """Of the command, while it writes a checkpoint."""
+    stops: int = 6
+    """Of a worker by SIGSTOP, and as many by SIGTERM of the run."""
     pairs: int = 6
     """Runs with and without checkpoints; 0 leaves that out."""
     seed: int = 0
@@ -64,12 +70,12 @@ class FaultOptions(Options):
 class Training:
     """The command on a cluster, begun again when it was killed."""
 
-    def __init__(self, folder: Path, options: FaultOptions, epochs: int, address: str | None) -> None:
+    def __init__(self, folder: Path, options: FaultOptions, epochs: int, *more: str) -> None:
         self.run = folder / "runs/run"
         words = ["-m", "cluster.cli", "train", "--data", options.data, "--runs", str(folder / "runs"), "--name", "run"]
         words += ["--model", "test_convnext", "--head", "plain", "--no-pretrained", "--size", "64", "--batch", "8"]
         words += ["--epochs", str(epochs), "--freeze-epochs", "0", "--lr", "1e-3", "--wandb", "off", "--restarts", "99"]
-        words += ["--checkpoint-every", str(EVERY), "--workers", "2", *(["--address", address] if address else [])]
+        words += ["--checkpoint-every", str(EVERY), "--workers", "2", *more]
         self._words, self._folder = words, folder
         self.start()
 
@@ -114,12 +120,12 @@ class Training:
 
 @dataclass
 class Outcome:
-    """Of the runs of one kind."""
+    """Of a run that was hit again and again, always alike."""
 
     lost: list[float]
-    """Steps done before each kill that had to be done again."""
+    """Steps done before each time that had to be done again."""
     seconds: list[float]
-    """From each kill to the next step."""
+    """From each signal to the next step, or to the end."""
     same: bool = False
 
 
@@ -151,7 +157,7 @@ def killed(kind: Kind, options: FaultOptions, folder: Path, epochs: int, expecte
     outcome, rng = Outcome([], []), random.Random(f"{options.seed} {kind}")
     with nodes(folder) as cluster:
         there: list[Node] = [cluster.add(), cluster.add()]
-        training = Training(folder, options, epochs, cluster.address)
+        training = Training(folder, options, epochs, "--address", cluster.address)
         for _ in range(options.kills):
 
             def strike() -> None:
@@ -173,15 +179,47 @@ def killed(kind: Kind, options: FaultOptions, folder: Path, epochs: int, expecte
 
 def survives_writing(options: FaultOptions, folder: Path, epochs: int, expected: dict[str, Any]) -> bool:
     """Whether it ends as `expected`, though it and its workers are killed while a checkpoint is half written."""
-    training = Training(folder, options, epochs, None)
+    training = Training(folder, options, epochs)
     for _ in range(options.writing):
-        training.step_after(len(training.events("step")))
-        training.wait_for(training.writes, poll=0.002)
-        for pid in [*workers(folder), training.process.pid]:
-            os.kill(pid, signal.SIGKILL)
-        training.process.wait()
-        training.start()
+        hit = False
+        while not hit:
+            training.step_after(len(training.events("step")))
+            processes = [*workers(folder), training.process.pid]
+            training.wait_for(training.writes, poll=0.001)
+            for pid in processes:
+                os.kill(pid, signal.SIGKILL)
+            hit = training.writes()
+            training.process.wait()
+            training.start()
     return equal(training.finish(), expected) and whole(training)
+
+
+def stood_still(options: FaultOptions, folder: Path, epochs: int, expected: dict[str, Any]) -> Outcome:
+    """A run of which one worker after the other stands still."""
+    outcome, rng = Outcome([], []), random.Random(f"{options.seed} still")
+    training = Training(folder, options, epochs, "--stall", f"{STALL:g}")
+    for _ in range(options.stops):
+        hit(training, outcome, lambda: os.kill(rng.choice(workers(folder)), signal.SIGSTOP), rng)
+    outcome.same = equal(training.finish(), expected) and whole(training)
+    return outcome
+
+
+def told_to_end(options: FaultOptions, folder: Path, epochs: int, expected: dict[str, Any]) -> Outcome:
+    """A run whose command and workers are told to end, in turn, and which goes on each time."""
+    outcome, rng = Outcome([], []), random.Random(f"{options.seed} end")
+    training = Training(folder, options, epochs)
+    for turn in range(options.stops):
+        steps = len(training.events("step")) + rng.randint(2, 2 * EVERY)
+        training.wait_for(lambda steps=steps: len(training.events("step")) >= steps)
+        clock = time.time()
+        os.kill(rng.choice(workers(folder)) if turn % 2 else training.process.pid, signal.SIGTERM)
+        if training.process.wait(PATIENCE) != 128 + signal.SIGTERM:
+            raise RuntimeError((folder / "log").read_text()[-4000:])
+        outcome.seconds.append(time.time() - clock)
+        outcome.lost.append(training.events("step")[-1]["step"] + 1 - training.events("checkpoint")[-1]["step"])
+        training.start()
+    outcome.same = equal(training.finish(), expected) and whole(training)
+    return outcome
 
 
 def equal(found: dict[str, Any], expected: dict[str, Any]) -> bool:
@@ -222,20 +260,24 @@ def cost(options: FaultOptions, folder: Path) -> list[tuple[float, float]]:
 
 def main(options: FaultOptions) -> Record:
     if options.quick:
-        options = replace(options, kills=min(options.kills, 1), writing=1, pairs=0)
-    data, kinds = open_data(options), dict.fromkeys(KINDS, options.kills)
+        options = replace(options, kills=min(options.kills, 1), writing=1, stops=min(options.stops, 2), pairs=0)
+    data = open_data(options)
     per_epoch = len(data.train) // 8
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory(prefix="ow-", dir="/tmp") as place:
         options = replace(options, data=str(data.root))
         # Each kill passes at most 2 x EVERY steps, and as many while the next run starts.
-        epochs = -(-(max(*kinds.values(), options.writing) * 4 * EVERY + 50) // per_epoch)
-        expected = Training(_folder(place, "calm"), options, epochs, None).finish()
+        epochs = -(-(max(options.kills, options.writing, options.stops) * 4 * EVERY + 50) // per_epoch)
+        expected = Training(_folder(place, "calm"), options, epochs).finish()
         for kind in KINDS if options.kills else ():
             outcome = killed(kind, options, _folder(place, kind), epochs, expected)
             row = f"kill -9 of a {kind}" if kind != "command" else "kill -9 of the command"
             figures += list(cells(row, outcome))
-            print(f"{row}: same {outcome.same}, lost {outcome.lost}, seconds {outcome.seconds}", flush=True)
+        if options.stops:
+            outcome = stood_still(options, _folder(place, "still"), epochs, expected)
+            figures += list(cells(f"SIGSTOP of a worker, --stall {STALL:g}", outcome))
+            outcome = told_to_end(options, _folder(place, "end"), epochs, expected)
+            figures += list(cells("SIGTERM to the command or a worker", outcome, ENDED))
         if options.writing:
             same = survives_writing(options, _folder(place, "writing"), epochs, expected)
             row = "kill -9 while a checkpoint is written"
@@ -247,7 +289,7 @@ def main(options: FaultOptions) -> Record:
             figures.append(Figure(row=row, column="step ÷ without", samples=[this / that for this, that in pairs]))
             figures.append(Figure(row=row, column="s a step", samples=[this for this, _ in pairs]))
     record = Record(
-        title="Kills, and what they cost",
+        title="Signals, and what they cost",
         module="benchmarks.faults",
         options=options,
         figures=figures,
@@ -262,11 +304,11 @@ def main(options: FaultOptions) -> Record:
     return record
 
 
-def cells(row: str, outcome: Outcome) -> Iterator[Figure]:
+def cells(row: str, outcome: Outcome, clock: str = AGAIN) -> Iterator[Figure]:
     yield Figure(row=row, column=COUNT, samples=[float(len(outcome.lost))])
     yield Figure(row=row, column=SAME, samples=[float(outcome.same)])
     yield Figure(row=row, column=LOST, samples=[max(outcome.lost)])
-    yield Figure(row=row, column=AGAIN, samples=outcome.seconds)
+    yield Figure(row=row, column=clock, samples=outcome.seconds)
     yield Figure(row=row, column=SLOWEST, samples=[max(outcome.seconds)])
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import select
 import signal
 import tempfile
 import threading
-from collections.abc import Generator
-from contextlib import AbstractContextManager, contextmanager
+import time
+from collections.abc import Generator, Iterable
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from pathlib import Path
 
 from cluster import environment
 
@@ -23,6 +26,7 @@ from pipelines.errors import UserError, first_line
 # In workers: loopback, what libraries leave goes with Ray's own (it kills them), and the key of wandb is not theirs.
 WORKERS = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "WANDB_API_KEY": ""}
 OBJECT_STORE_BYTES = 100 * 2**20  # workers share files, not objects
+PATIENCE = 10.0  # seconds for its processes to end
 LONGEST_TEMPORARY = 24  # characters: Ray's sockets lie 83 deeper, and a socket's path ends at 107
 
 
@@ -43,6 +47,7 @@ def local(cpus: int) -> Generator[str]:
     if len(temporary) > LONGEST_TEMPORARY:
         temporary = "/tmp"
     with tempfile.TemporaryDirectory(prefix="onewarp-", dir=temporary) as scratch:
+        before = _descendants(os.getpid())
         with _own_handlers():
             ray.init(
                 address="local",
@@ -54,10 +59,38 @@ def local(cpus: int) -> Generator[str]:
                 _temp_dir=scratch,
                 runtime_env={"env_vars": {**WORKERS, "TMPDIR": scratch}},
             )
+        started = _descendants(os.getpid()) - before
         try:
             yield scratch
         finally:
-            ray.shutdown()
+            # Ray ends what it has started, but not its workers: they end when they see that it is gone.
+            with _awaited(started.union(*map(_descendants, started))):
+                ray.shutdown()
+
+
+def _descendants(pid: int) -> set[int]:
+    """The processes that a process has started, and that they have started."""
+    found: set[int] = set()
+    with suppress(OSError):  # it is gone, and they have other parents
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in map(int, (task / "children").read_text().split()):
+                found |= {child} | _descendants(child)
+    return found
+
+
+@contextmanager
+def _awaited(processes: Iterable[int]) -> Generator[None]:
+    """These processes have ended when it ends, or `PATIENCE` is over."""
+    with ExitStack() as closing:
+        ends = []
+        for pid in processes:
+            with suppress(ProcessLookupError):
+                ends.append(os.pidfd_open(pid))
+                closing.callback(os.close, ends[-1])
+        yield
+        deadline = time.monotonic() + PATIENCE
+        for end in ends:
+            select.select([end], [], [], max(0.0, deadline - time.monotonic()))
 
 
 @contextmanager

@@ -176,8 +176,8 @@ class Failures(UserCallback):
         if died and (here or any(_ENDED_BY_RAY in str(each) for each in died)):
             which = "this" if self._alone else "a"
             raise memory.OutOfMemoryError(f"The memory of {which} machine ran out, and a worker was ended for it.")
-        # A machine that was told to leave may be gone before its workers have.
-        if not any(getattr(error, "preempted", False) for error in died):
+        # A machine that was told to leave may be gone before its workers have; the others may be the first to say so.
+        if not (leaving.some() or any(getattr(error, "preempted", False) for error in died)):
             if self._left == 0:
                 raise WorkersError("\n".join(str(error) for error in worker_exceptions.values()))
             self._left -= 1

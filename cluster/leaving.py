@@ -14,6 +14,13 @@ from trainer import stopping
 POLL = 1.0  # seconds between two looks
 
 
+def some() -> bool:
+    """Whether any machine of the cluster is leaving: it was told to, and Ray has not heard yet that it is gone."""
+    with suppress(Exception):  # the head may be busy, or gone
+        return bool(state.get_draining_nodes())
+    return False
+
+
 def watch(nodes: Set[str]) -> None:
     """From now on this process is told to stop as soon as Ray drains one of `nodes`.
 
@@ -24,7 +31,7 @@ def watch(nodes: Set[str]) -> None:
 
 def _watch(nodes: Set[str]) -> None:
     while True:
-        with suppress(Exception):  # the head may be busy, or gone; then there is more to notice than this
+        with suppress(Exception):
             if nodes & state.get_draining_nodes().keys():
                 return stopping.leave()
         time.sleep(POLL)

@@ -78,29 +78,30 @@ def examine(data: Path | None, runs: Path, *, thorough: bool = True) -> list[Che
 def links() -> list[Link]:
     """How each pair of machines talks, by gloo, and by nccl where both have GPUs; of many, each with its neighbours."""
     nodes = _nodes()
-    ends = [_on(node["NodeID"], _End).remote() for node in nodes]
-    try:
-        hosts = _ask([end.host.remote() for end in ends])
-        pairs = list(itertools.combinations(range(len(ends)), 2))
-        if len(pairs) > PAIRS:
-            pairs = [(i, (i + 1) % len(ends)) for i in range(len(ends))]
-        return [
-            _link(backend, (ends[i], ends[j]), (hosts[i], hosts[j]))
-            for i, j in pairs
-            for backend in ("gloo", "nccl")
-            if backend == "gloo" or all(nodes[at]["Resources"].get("GPU") for at in (i, j))
-        ]
-    finally:
-        for end in ends:
-            ray.kill(end)
+    pairs = list(itertools.combinations(nodes, 2))
+    if len(pairs) > PAIRS:
+        pairs = list(zip(nodes, [*nodes[1:], nodes[0]], strict=True))
+    return [
+        _link(backend, *pair)
+        for pair in pairs
+        for backend in ("gloo", "nccl")
+        if backend == "gloo" or all(node["Resources"].get("GPU") for node in pair)
+    ]
 
 
-def _link(backend: str, ends: tuple[Any, Any], hosts: tuple[str, str]) -> Link:
+def _link(backend: str, *pair: dict[str, Any]) -> Link:
+    # Two ends for it alone: where nccl fails, it takes its process down.
+    ends = [_on(node["NodeID"], _End).remote() for node in pair]
+    one, other = _ask([end.host.remote() for end in ends])
+    hosts = (one, other)
     try:
         ((address, port),) = _ask([ends[0].meeting.remote()])
         took = _ask([end.talk.remote(backend, rank, address, port) for rank, end in enumerate(ends)])[0]
     except UserError as error:
         return Link(hosts=hosts, backend=backend, failed=first_line(error))
+    finally:
+        for end in ends:
+            ray.kill(end)
     return Link(hosts=hosts, backend=backend, milliseconds=took[0], megabytes=took[1])
 
 

@@ -26,8 +26,14 @@ def resolve_crew(config: TrainConfig) -> TrainConfig:
     workers = default_workers() if config.workers is None else config.workers
     config = dataclasses.replace(config, address=address, workers=workers)
     if address is None:
-        check_workers(config.crew.most)
+        check_workers(config.crew.least)
+        if config.crew.elastic:  # nothing comes here, or goes
+            config = dataclasses.replace(config, workers=min(config.crew.most, _places()))
     return config
+
+
+def _places() -> int:
+    return torch.cuda.device_count() or len(os.sched_getaffinity(0))
 
 
 def default_workers() -> int:

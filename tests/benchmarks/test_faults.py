@@ -11,7 +11,7 @@ from benchmarks.faults import FaultOptions, Outcome, Training, cells, whole
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two workers take two cores")
 def test_a_kill_in_the_writing_of_a_checkpoint_costs_no_bit(small_set):
-    record = faults.main(FaultOptions(data=str(small_set), quick=True, kills=0))
+    record = faults.main(FaultOptions(data=str(small_set), quick=True, kills=0, stops=0))
     found = {figure.column: figure.samples for figure in record.figures}
     assert found == {faults.COUNT: [1.0], faults.SAME: [1.0]}
 

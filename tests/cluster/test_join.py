@@ -1,5 +1,7 @@
 """What is said before workers start on a cluster."""
 
+import os
+
 import pytest
 
 from cluster import environment
@@ -40,6 +42,14 @@ def test_too_little_room_is_told_and_not_waited_for_for_ever(room, capsys):
     capsys.readouterr()
     assert room(Crew(2, 4), {}, {"GPU": 1.0}, {"GPU": 2.0}, patience=60) == 2
     assert capsys.readouterr().err.count("waiting   for room for 2 workers") == 1
+
+
+def test_one_machine_has_as_many_workers_as_there_is_room_for(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    cores = len(os.sched_getaffinity(0))
+    assert resolve_crew(TrainConfig(workers=f"1:{cores + 5}")).workers == cores
+    with pytest.raises(UserError, match=f"--workers {cores + 1}: this machine has {cores} CPU cores and no GPU"):
+        resolve_crew(TrainConfig(workers=f"{cores + 1}:{cores + 2}"))
 
 
 def test_a_cluster_is_told_how_many_workers(monkeypatch):

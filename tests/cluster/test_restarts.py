@@ -5,6 +5,7 @@ from ray.core.generated.common_pb2 import ActorDiedErrorContext, NodeDeathInfo
 from ray.exceptions import ActorDiedError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
+from cluster import leaving
 from cluster.launch import Failures, WorkersError
 from pipelines.errors import UserError
 from trainer.stopping import LeavingError
@@ -17,6 +18,14 @@ def gone(reason, message="its node has died"):
 
 
 KILLED, TOLD_TO_LEAVE = gone(NodeDeathInfo.UNEXPECTED_TERMINATION), gone(NodeDeathInfo.AUTOSCALER_DRAIN_PREEMPTED)
+
+
+@pytest.fixture(autouse=True)
+def leaves(monkeypatch):
+    """Whether a machine of the cluster leaves just now."""
+    told = []
+    monkeypatch.setattr(leaving, "some", lambda: bool(told))
+    return told
 
 
 def met(exceptions, restarts):
@@ -39,6 +48,11 @@ def test_a_machine_that_was_told_to_leave_is_no_failure():
     assert met([{0: LeavingError(), 1: LeavingError()}] * 3, 0) == []
     # It was gone before its worker could leave, and the other lost it: that is told, and costs no restart.
     assert len(met([{0: RuntimeError("Connection reset"), 1: TOLD_TO_LEAVE}] * 3, 0)) == 3
+
+
+def test_nor_is_it_where_the_others_say_so_before_ray_does(leaves):
+    leaves.append("it was told to")
+    assert len(met([{0: RuntimeError("Connection reset")}] * 3, 0)) == 3
 
 
 def test_what_would_be_met_again_ends_the_training():
