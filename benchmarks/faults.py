@@ -99,6 +99,11 @@ class Training:
         self.wait_for(lambda: len(self.events("step")) > count)
         return self.events("step")[count]["time"]
 
+    def go_on(self, rng: random.Random) -> None:
+        """Wait for a random number of steps from here."""
+        steps = len(self.events("step")) + rng.randint(2, 2 * EVERY)
+        self.wait_for(lambda: len(self.events("step")) >= steps)
+
     def wait_for(self, condition: Callable[[], object], poll: float = POLL) -> None:
         deadline = time.monotonic() + PATIENCE
         while not condition():
@@ -117,6 +122,11 @@ class Training:
             raise RuntimeError((self._folder / "log").read_text()[-4000:])
         return safetensors.torch.load_file(self.run / "model.safetensors")
 
+    def same(self, expected: dict[str, Any]) -> bool:
+        """Whether it comes to its end by every step of the plan, and there to these weights."""
+        weights, first = self.finish(), self.events("run")[0]
+        return equal(weights, expected) and whole(self.events("step"), first["epochs"] * first["steps_per_epoch"])
+
 
 @dataclass
 class Outcome:
@@ -131,8 +141,7 @@ class Outcome:
 
 def hit(training: Training, outcome: Outcome, strike: Callable[[], None], rng: random.Random) -> None:
     """Kill something a random number of steps after the training has gone on from the last time."""
-    steps = len(training.events("step")) + rng.randint(2, 2 * EVERY)
-    training.wait_for(lambda: len(training.events("step")) >= steps)
+    training.go_on(rng)
     begun, clock = len(training.events("run")), time.time()
     strike()
     training.wait_for(lambda: len(training.events("run")) > begun)
@@ -142,14 +151,13 @@ def hit(training: Training, outcome: Outcome, strike: Callable[[], None], rng: r
     outcome.seconds.append(training.step_after(len(done)) - clock)
 
 
-def whole(training: Training) -> bool:
-    """Whether each step of the plan is in the journal, with one loss however often it was done."""
+def whole(done: list[dict[str, Any]], steps: int) -> bool:
+    """Whether the events `done` are all `steps` of a plan and no other, with one loss however often each was done."""
     losses: dict[int, float] = {}
-    for event in training.events("step"):
+    for event in done:
         if losses.setdefault(event["step"], event["loss"]) != event["loss"]:
             return False
-    first = training.events("run")[0]
-    return sorted(losses) == list(range(first["epochs"] * first["steps_per_epoch"]))
+    return sorted(losses) == list(range(steps))
 
 
 def killed(kind: Kind, options: FaultOptions, folder: Path, epochs: int, expected: dict[str, Any]) -> Outcome:
@@ -172,8 +180,7 @@ def killed(kind: Kind, options: FaultOptions, folder: Path, epochs: int, expecte
                     training.start()
 
             hit(training, outcome, strike, rng)
-        weights = training.finish()
-    outcome.same = whole(training) and equal(weights, expected)
+        outcome.same = training.same(expected)
     return outcome
 
 
@@ -181,17 +188,17 @@ def survives_writing(options: FaultOptions, folder: Path, epochs: int, expected:
     """Whether it ends as `expected`, though it and its workers are killed while a checkpoint is half written."""
     training = Training(folder, options, epochs)
     for _ in range(options.writing):
-        hit = False
-        while not hit:
+        struck = False
+        while not struck:
             training.step_after(len(training.events("step")))
             processes = [*workers(folder), training.process.pid]
             training.wait_for(training.writes, poll=0.001)
             for pid in processes:
                 os.kill(pid, signal.SIGKILL)
-            hit = training.writes()
+            struck = training.writes()
             training.process.wait()
             training.start()
-    return equal(training.finish(), expected) and whole(training)
+    return training.same(expected)
 
 
 def stood_still(options: FaultOptions, folder: Path, epochs: int, expected: dict[str, Any]) -> Outcome:
@@ -200,7 +207,7 @@ def stood_still(options: FaultOptions, folder: Path, epochs: int, expected: dict
     training = Training(folder, options, epochs, "--stall", f"{STALL:g}")
     for _ in range(options.stops):
         hit(training, outcome, lambda: os.kill(rng.choice(workers(folder)), signal.SIGSTOP), rng)
-    outcome.same = equal(training.finish(), expected) and whole(training)
+    outcome.same = training.same(expected)
     return outcome
 
 
@@ -209,8 +216,7 @@ def told_to_end(options: FaultOptions, folder: Path, epochs: int, expected: dict
     outcome, rng = Outcome([], []), random.Random(f"{options.seed} end")
     training = Training(folder, options, epochs)
     for turn in range(options.stops):
-        steps = len(training.events("step")) + rng.randint(2, 2 * EVERY)
-        training.wait_for(lambda steps=steps: len(training.events("step")) >= steps)
+        training.go_on(rng)
         clock = time.time()
         os.kill(rng.choice(workers(folder)) if turn % 2 else training.process.pid, signal.SIGTERM)
         if training.process.wait(PATIENCE) != 128 + signal.SIGTERM:
@@ -218,7 +224,7 @@ def told_to_end(options: FaultOptions, folder: Path, epochs: int, expected: dict
         outcome.seconds.append(time.time() - clock)
         outcome.lost.append(training.events("step")[-1]["step"] + 1 - training.events("checkpoint")[-1]["step"])
         training.start()
-    outcome.same = equal(training.finish(), expected) and whole(training)
+    outcome.same = training.same(expected)
     return outcome
 
 

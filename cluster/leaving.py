@@ -16,9 +16,7 @@ POLL = 1.0  # seconds between two looks
 
 def some() -> bool:
     """Whether any machine of the cluster is leaving: it was told to, and Ray has not heard yet that it is gone."""
-    with suppress(Exception):  # the head may be busy, or gone
-        return bool(state.get_draining_nodes())
-    return False
+    return bool(_draining())
 
 
 def watch(nodes: Set[str]) -> None:
@@ -30,8 +28,12 @@ def watch(nodes: Set[str]) -> None:
 
 
 def _watch(nodes: Set[str]) -> None:
-    while True:
-        with suppress(Exception):
-            if nodes & state.get_draining_nodes().keys():
-                return stopping.leave()
+    while not nodes & _draining():
         time.sleep(POLL)
+    stopping.leave()
+
+
+def _draining() -> Set[str]:
+    with suppress(Exception):  # the head may be busy, or gone; then there is more to notice than this
+        return state.get_draining_nodes().keys()
+    return frozenset()

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
+
 from benchmarks.nodes import HERE, Host
 from benchmarks.processes import MARK
 from trainer.journal import read
@@ -54,6 +56,11 @@ def wait_for(condition: Callable[[], object], process: "subprocess.Popen[str]") 
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def weights(run: Path) -> dict[str, Any]:
+    """Those at its end."""
+    return safetensors.torch.load_file(run / "model.safetensors")
 
 
 def events(run: Path, *kinds: str) -> list[dict[str, Any]]:

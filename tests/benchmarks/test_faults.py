@@ -1,12 +1,11 @@
 """The benchmark of kills, where it can be short: no cluster, and one kill while a checkpoint is written."""
 
-import json
 import os
 
 import pytest
 
 from benchmarks import faults
-from benchmarks.faults import FaultOptions, Outcome, Training, cells, whole
+from benchmarks.faults import FaultOptions, Outcome, cells, whole
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two workers take two cores")
@@ -14,18 +13,6 @@ def test_a_kill_in_the_writing_of_a_checkpoint_costs_no_bit(small_set):
     record = faults.main(FaultOptions(data=str(small_set), quick=True, kills=0, stops=0))
     found = {figure.column: figure.samples for figure in record.figures}
     assert found == {faults.COUNT: [1.0], faults.SAME: [1.0]}
-
-
-def journalled(folder, losses):
-    """A training of two epochs of two steps whose journal holds these steps."""
-    lines = [{"event": "run", "epochs": 2, "steps_per_epoch": 2}]
-    lines += [{"event": "step", "step": step, "loss": loss} for step, loss in losses]
-    run = folder / "run"
-    run.mkdir()
-    (run / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    training = Training.__new__(Training)  # without its process
-    training.run = run
-    return training
 
 
 @pytest.mark.parametrize(
@@ -37,8 +24,8 @@ def journalled(folder, losses):
         ([(0, 1.0), (1, 0.5), (2, 0.3), (3, 0.2), (4, 0.1)], False),  # one is no part of the plan
     ],
 )
-def test_a_run_is_whole_with_each_step_and_one_loss_of_it(tmp_path, losses, good):
-    assert whole(journalled(tmp_path, losses)) == good
+def test_a_run_is_whole_with_each_step_and_one_loss_of_it(losses, good):
+    assert whole([{"step": step, "loss": loss} for step, loss in losses], 4) == good
 
 
 def test_the_worst_of_kills_is_told():

@@ -4,12 +4,11 @@ import os
 import signal
 
 import pytest
-import safetensors.torch
 from PIL import Image
 
 from benchmarks.nodes import RAY, nodes
 from benchmarks.processes import left_running, workers
-from tests.commands import PATIENCE, begun, events, onewarp, wait_for
+from tests.commands import PATIENCE, begun, events, onewarp, wait_for, weights
 
 pytestmark = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two nodes take two cores")
 
@@ -88,6 +87,6 @@ def test_nodes_leave_and_come_and_no_batch_is_lost(long_set, tmp_path, temporary
     assert told.returncode == 0, told.stdout + told.stderr
     expected = losses(alone / "runs/run")
     assert losses(run) == pytest.approx(expected, rel=1e-3)
-    one, other = (safetensors.torch.load_file(folder / "model.safetensors") for folder in (run, alone / "runs/run"))
+    one, other = (weights(folder) for folder in (run, alone / "runs/run"))
     for name, value in other.items():
         assert (one[name] - value).abs().max() < 1e-3

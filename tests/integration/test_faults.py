@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 from rich.console import Console
 
+from benchmarks.faults import equal, whole
 from benchmarks.processes import left_running, workers
-from tests.commands import PATIENCE, begun, events, wait_for
+from tests.commands import PATIENCE, begun, events, wait_for, weights
 from tests.listening import listening
 from tests.ranks import on_ranks
 from trainer import TrainConfig, worker
@@ -52,18 +52,6 @@ def finish(process):
     return told
 
 
-def weights(run):
-    return safetensors.torch.load_file(run / "model.safetensors")
-
-
-def whole(run):
-    """The run did each step, each with the same loss however often, and none is missing."""
-    losses = {}
-    for event in events(run, "step"):
-        assert losses.setdefault(event["step"], event["loss"]) == event["loss"]
-    return sorted(losses) == list(range(STEPS))
-
-
 @pytest.fixture(scope="module")
 def undisturbed(small_set, tmp_path_factory):
     """The weights of the same run on two processes without Ray, which nothing happens to."""
@@ -76,11 +64,6 @@ def undisturbed(small_set, tmp_path_factory):
 
 def train(ranks, path):
     worker.run(path, "train", ranks)
-
-
-def same(run, expected):
-    found = weights(run)
-    return all(found[name].equal(value) for name, value in expected.items()) and found.keys() == expected.keys()
 
 
 def test_workers_that_die_or_stand_still_are_started_again_and_cost_no_bit(small_set, tmp_path, temporary, undisturbed):
@@ -100,7 +83,7 @@ def test_workers_that_die_or_stand_still_are_started_again_and_cost_no_bit(small
     assert sorted(stood) == [0, 1]
     assert any("T (stopped)" in told for told in stood.values())
     assert all("worker.py" in told for told in stood.values())
-    assert whole(run) and same(run, undisturbed)
+    assert whole(events(run, "step"), STEPS) and equal(weights(run), undisturbed)
     assert left_running(temporary) == {}
     assert list(temporary.iterdir()) == []
 
@@ -134,4 +117,4 @@ def test_signals_end_a_run_at_a_checkpoint_and_nothing_is_lost(small_set, tmp_pa
     resumed = [event["resumed_from"] for event in events(run, "run")]
     assert resumed[1:3] == [event["step"] for event in events(run, "stopped")]
     assert sorted(resumed[2:]) == resumed[2:]
-    assert whole(run) and same(run, undisturbed)
+    assert whole(events(run, "step"), STEPS) and equal(weights(run), undisturbed)

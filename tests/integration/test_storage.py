@@ -6,9 +6,9 @@ import time
 from contextlib import contextmanager, suppress
 
 import pytest
-import safetensors.torch
 
-from tests.commands import begun, events, onewarp, wait_for
+from benchmarks.faults import equal
+from tests.commands import begun, events, onewarp, wait_for, weights
 
 EPOCHS = 60
 STEPS = 53 // 8 * EPOCHS
@@ -59,10 +59,6 @@ def steps(run):
     return [event["step"] for event in events(run, "step")]
 
 
-def weights(run):
-    return safetensors.torch.load_file(run / "model.safetensors")
-
-
 def test_a_disk_that_fills_up_costs_nothing(small_set, tmp_path, temporary, small_disk):
     words = ["--data", small_set, *SETTINGS]
     calm = onewarp(tmp_path, temporary, "train", *words)
@@ -77,7 +73,7 @@ def test_a_disk_that_fills_up_costs_nothing(small_set, tmp_path, temporary, smal
     assert process.returncode == 0, told
     assert "takes no checkpoint" in told and "training goes on" in told
     assert steps(run) == list(range(STEPS))
-    assert all(weights(run)[name].equal(value) for name, value in weights(tmp_path / "runs/run").items())
+    assert equal(weights(run), weights(tmp_path / "runs/run"))
 
 
 def test_a_disk_that_stays_full_is_told_and_the_run_goes_on_later(small_set, tmp_path, temporary, small_disk):
