@@ -12,7 +12,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from trainer import EvaluateConfig, PredictConfig, evaluating, predicting
+from trainer.apply_config import EvaluateConfig, PredictConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,8 @@ def evaluate(config: tyro.conf.OmitArgPrefixes[Evaluate]) -> None:
 
     Without --data by the images that it was validated on. All GPUs or CPU cores share the images.
     """
+    from trainer import evaluating  # which takes seconds
+
     console = Console()
     with _interruptible():
         result = evaluating.evaluate_run(config, console)
@@ -46,6 +48,8 @@ def predict(config: tyro.conf.OmitArgPrefixes[Predict]) -> None:
 
     Files that cannot be read are named and left out. All GPUs or CPU cores share the images.
     """
+    from trainer import predicting  # which takes seconds
+
     console = Console()
     with _interruptible():
         result = predicting.predict(config, console)

@@ -14,8 +14,7 @@ from cluster.look import show_batch, summarise
 from cluster.pack import pack
 from cluster.scan import scan
 from pipelines.errors import UserError
-from trainer import TrainConfig, fine_tune, lr_find
-from trainer.job import summary
+from trainer.config import TrainConfig
 from trainer.stopping import StoppedError
 
 Flags = Annotated[TrainConfig, tyro.conf.arg(name="")]
@@ -27,12 +26,16 @@ def train(config: Flags) -> None:
     Scans the images, finds a learning rate, trains the head and then everything, validates after each epoch,
     and leaves plots, checkpoints, the journal and an offline wandb run in runs/<name>/.
     """
+    from trainer.job import fine_tune, summary  # which takes seconds
+
     console = Console()
     summary(fine_tune(config, console), config, console)
 
 
 def find_rate(config: Flags) -> None:
     """Run the learning-rate range test alone, and plot its curve with suggested rates."""
+    from trainer.job import lr_find  # which takes seconds
+
     console = Console()
     found = lr_find(config, console)
     for method, lr in found.suggestions.items():

@@ -15,11 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster import environment
-from cluster.checkup import Check
 from pipelines.errors import UserError
 from trainer.run_folder import absolute
 
 if TYPE_CHECKING:
+    from cluster.checkup import Check
     from cluster.rounds import Link
 
 

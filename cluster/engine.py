@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import secrets
@@ -26,7 +27,9 @@ from pipelines.errors import UserError, first_line
 # In workers: loopback, what libraries leave goes with Ray's own (it kills them), and the key of wandb is not theirs.
 WORKERS = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "WANDB_API_KEY": ""}
 OBJECT_STORE_BYTES = 100 * 2**20  # workers share files, not objects
+ALONE = os.environ[environment.OTHERS] == "0"  # Ray was imported for this machine alone
 PATIENCE = 10.0  # seconds for its processes to end
+_SIGACTION = 512  # bytes, more than a `struct sigaction` has anywhere
 LONGEST_TEMPORARY = 24  # characters: Ray's sockets lie 83 deeper, and a socket's path ends at 107
 
 
@@ -47,7 +50,6 @@ def local(cpus: int) -> Generator[str]:
     if len(temporary) > LONGEST_TEMPORARY:
         temporary = "/tmp"
     with tempfile.TemporaryDirectory(prefix="onewarp-", dir=temporary) as scratch:
-        before = _descendants(os.getpid())
         with _own_handlers():
             ray.init(
                 address="local",
@@ -59,7 +61,7 @@ def local(cpus: int) -> Generator[str]:
                 _temp_dir=scratch,
                 runtime_env={"env_vars": {**WORKERS, "TMPDIR": scratch}},
             )
-        started = _descendants(os.getpid()) - before
+        started = {pid for pid in _descendants(os.getpid()) if scratch in _command_of(pid)}
         try:
             yield scratch
         finally:
@@ -76,6 +78,12 @@ def _descendants(pid: int) -> set[int]:
             for child in map(int, (task / "children").read_text().split()):
                 found |= {child} | _descendants(child)
     return found
+
+
+def _command_of(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+    return ""
 
 
 @contextmanager
@@ -95,15 +103,21 @@ def _awaited(processes: Iterable[int]) -> Generator[None]:
 
 @contextmanager
 def _own_handlers() -> Generator[None]:
-    """Handlers of signals that the caller has set are there again afterwards; Ray sets one for SIGTERM."""
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    set_before = {number: signal.getsignal(number) for number in numbers}
+    """Handlers of signals are there again afterwards. Ray sets one of Python's for SIGTERM, and one of the system's."""
+    numbers, main = (signal.SIGINT, signal.SIGTERM), threading.current_thread() is threading.main_thread()
+    libc = ctypes.CDLL(None)
+    systems = {number: ctypes.create_string_buffer(_SIGACTION) for number in numbers}
+    pythons = {number: signal.getsignal(number) for number in numbers}
+    for number, action in systems.items():
+        libc.sigaction(number, None, action)
     try:
         yield
     finally:
-        for number, handler in set_before.items():
-            if callable(handler) and handler is not signal.default_int_handler:
+        for number, handler in pythons.items():
+            if main and callable(handler) and handler is not signal.default_int_handler:
                 signal.signal(number, handler)
+            elif not main:  # only there may Python's be set
+                libc.sigaction(number, systems[number], None)
 
 
 @contextmanager
@@ -113,6 +127,11 @@ def joined(address: str) -> Generator[None]:
     Raises:
         UserError: none answers there.
     """
+    if ALONE:
+        raise UserError(
+            f"--address {address}: in this process Ray was started for this machine alone. Join the cluster from a new "
+            f"process, or set {environment.OTHERS}=1 for this one."
+        )
     try:
         with _own_handlers():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)

@@ -4,6 +4,8 @@ OTHERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": Ray listens on loopback alo
 
 QUIET = {
     OTHERS: "0",  # who joins a cluster says otherwise, first
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # who finds that Ray is gone must not start another
+    "RAY_prestart_worker_first_driver": "0",  # processes without our environment, which nobody would use
     "RAY_USAGE_STATS_ENABLED": "0",  # no reports home
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # cluster.leaving does it

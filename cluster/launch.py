@@ -4,57 +4,82 @@ from __future__ import annotations
 
 import os
 import threading
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Callable, Generator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cluster import engine, leaving  # first: engine sets what Ray reads when it is imported
+from cluster import engine  # first: it sets what Ray reads when it is imported
 
 # isort: split
+import ray
 import ray.train
-import torch
-import torch.distributed as dist
-from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.scaling_policy import ScalingPolicy
+from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from pipelines.errors import UserError, first_line
-from trainer import memory, stopping
-from trainer.crew import Crew
-from trainer.ranks import Failed, Ranks, Work
+from cluster.meeting import Meeting
+from cluster.restarts import Failures, WorkersError
+from cluster.room import Alone, Elastic, Running
+from pipelines.errors import UserError
+from trainer import allocation
+from trainer.notes import Note
+
+if TYPE_CHECKING:
+    from trainer.crew import Crew
+    from trainer.ranks import Wait, Work
 
 
-class WorkersError(RuntimeError):
-    """The workers ended with an error that is no mistake of the user's."""
+@contextmanager
+def launch(work: Work, crew: Crew, restarts: int = 0, note: Note | None = None) -> Generator[Wait]:
+    """Do `work` in processes of this machine, which make up a process group; yields what waits for their end.
 
-
-def launch(work: Work, crew: Crew, restarts: int = 0, failed: Failed | None = None) -> None:
-    """Do `work` in processes of this machine, which make up a process group, and wait for their end.
-
-    Where one of them dies or fails, all are ended and `work` begins again, in new ones; but for mistakes of the user's,
-    which would be met again. Signals reach the handlers that were there before.
+    They start beside what the caller goes on with; what leaves the context before their end ends them. Where one of
+    them dies or fails, all are ended and `work` begins again, in new ones; but for mistakes of the user's, which would
+    be met again. Signals reach the handlers that were there before.
 
     Args:
         crew: how many processes.
         restarts: how often that may be.
-        failed: told what ended the workers each time, by another process.
+        note: told what ended the workers each time, by another process.
 
-    Raises:
+    What waits raises:
         OutOfMemoryError: the memory of a worker ran out, or a worker was ended because that of the machine did.
         UserError: a worker met a mistake of the user's.
         WorkersError: anything else that ended a worker.
     """
-    scaling = ScalingConfig(num_workers=crew.most, use_gpu=torch.cuda.is_available())
-    with engine.local(max(len(os.sched_getaffinity(0)), crew.most)) as scratch:
-        fit(work, scaling, Path(scratch), restarts, failed, alone=True)
+    up: Future[None] = Future()
+
+    def train() -> None:
+        # Whole on one thread: what Ray starts ends with the thread that started it.
+        with engine.local(max(len(os.sched_getaffinity(0)), crew.most)) as scratch:
+            up.set_result(None)
+            import torch  # which takes seconds
+
+            scaling = ScalingConfig(num_workers=crew.most, use_gpu=torch.cuda.is_available())
+            fit(work, scaling, Path(scratch), restarts, note, alone=True)
+
+    done = beside(train)
+    try:
+        yield done.result
+    finally:
+        if not done.done():
+            wait([up, done], return_when=FIRST_COMPLETED)
+            ray.shutdown()  # which ends the training
+            wait([done], timeout=2 * engine.PATIENCE)
 
 
 def fit(
-    work: Work, scaling: ScalingConfig, shared: Path, restarts: int, failed: Failed | None, *, alone: bool = False
+    work: Work,
+    scaling: ScalingConfig,
+    shared: Path,
+    restarts: int,
+    note: Note | None,
+    *,
+    alone: bool = False,
 ) -> None:
     """Do `work` on the cluster that this process has joined; see `launch`.
 
@@ -62,44 +87,68 @@ def fit(
         shared: folder that all its machines see, for the files of the engine.
         alone: this machine is all of it.
     """
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         partial(_do, work),
-        scaling_config=scaling,  # ty: ignore[invalid-argument-type]
-        torch_config=Torch(backend="nccl" if scaling.use_gpu else "gloo", meeting=shared if alone else None),
+        scaling_config=scaling,
+        backend_config=Meeting("nccl" if scaling.use_gpu else "gloo", shared if alone else None),
         run_config=RunConfig(
             name="run",
             storage_path=str(shared / "storage"),
-            failure_config=FailureConfig(max_failures=-1),  # ty: ignore[invalid-argument-type]
-            callbacks=[Failures(failed, restarts, alone=alone)],  # ty: ignore[invalid-argument-type]
-        ),  # ty: ignore[invalid-argument-type]
+            worker_runtime_env={"env_vars": {} if scaling.use_gpu else allocation.environment()},
+            failure_config=FailureConfig(max_failures=-1),
+            callbacks=[Failures(note, restarts, alone=alone), Running()],  # ty: ignore[invalid-argument-type]
+        ),
     )
+    if scaling.elasticity_enabled:
+        trainer.policy = Elastic(scaling, note)
+    elif alone:
+        trainer.policy = Alone(scaling)
     try:
-        _beside(trainer.fit).result()
+        trainer.fit()
     except ray.train.TrainingFailedError as error:
         failure = getattr(error, "controller_failure", None)
         known = isinstance(failure, UserError | WorkersError)
         raise (failure if known else WorkersError(str(error))) from error
 
 
-def _beside(fit: Callable[[], object]) -> Future[object]:
-    """The future result of `fit` on a thread of its own: on the main thread it would take Ctrl-C for itself.
+class _Trainer(DataParallelTrainer):
+    policy: ScalingPolicy | None = None  # in place of Ray's
 
-    Nobody waits for that thread where a signal ends the waiting: it ends with Ray.
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        if isinstance(self.policy, Alone):  # a process more, for a cluster that goes on where its training does not
+            callbacks = [each for each in callbacks if not isinstance(each, PlacementGroupCleanerCallback)]
+        return callbacks
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        if self.policy is not None:
+            parts["scaling_policy"] = self.policy
+        return super()._initialize_and_run_controller(**parts)
+
+
+def beside(act: Callable[[], Any]) -> Future[Any]:
+    """The future result of `act` on a thread of its own: on the main thread Ray would take Ctrl-C for itself.
+
+    Where a signal ends the waiting for it, it ends with Ray.
     """
-    future: Future[object] = Future()
+    future: Future[Any] = Future()
 
     def run() -> None:
         try:
-            future.set_result(fit())
+            future.set_result(act())
         except BaseException as error:  # whatever it is, it is for the one who waits
             future.set_exception(error)
 
-    threading.Thread(target=run, name="fit", daemon=True).start()
+    threading.Thread(target=run, name="beside", daemon=True).start()
     return future
 
 
 def _do(work: Work) -> None:
     """What each worker process does."""
+    import torch
+
+    from trainer.ranks import Ranks
+
     context = ray.train.get_context()
     ranks = Ranks(
         rank=context.get_world_rank(),
@@ -107,93 +156,6 @@ def _do(work: Work) -> None:
         local_rank=context.get_local_rank(),
         local_world_size=context.get_local_world_size(),
     )
+    if ranks.device.type == "cuda":
+        torch.cuda.set_device(ranks.device)
     work(ranks, lambda metrics: ray.train.report(metrics))
-
-
-def _meet(rank: int, place: str, config: Torch, world_size: int) -> None:
-    patience = timedelta(seconds=config.timeout_s)
-    dist.init_process_group(config.backend, init_method=place, rank=rank, world_size=world_size, timeout=patience)
-
-
-class _Backend(TorchConfig().backend_cls):
-    def on_start(self, worker_group: Any, backend_config: Torch) -> None:
-        if backend_config.meeting is None:
-            return super().on_start(worker_group, backend_config)
-        # Through a port the workers would meet on all interfaces.
-        place = f"file://{backend_config.meeting / uuid.uuid4().hex}"
-        size = len(worker_group)
-        met = [worker_group.execute_single_async(at, _meet, at, place, backend_config, size) for at in range(size)]
-        ray.get(met)
-        return None
-
-    def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
-        super().on_training_start(worker_group, backend_config)
-        worker_group.execute(stopping.listen)  # work itself runs on another thread than the one that signals reach
-        if backend_config.meeting is None:  # one asks for all
-            nodes = frozenset(worker.metadata.node_id for worker in worker_group.get_workers())
-            worker_group.execute_single(0, leaving.watch, nodes)
-
-
-@dataclass
-class Torch(TorchConfig):
-    """A process group of torch's, of workers that SIGTERM asks to stop."""
-
-    meeting: Path | None = None
-    """Where the workers of one machine meet, in a file. `None`: on a port of the first of them."""
-
-    @property
-    def backend_cls(self) -> type:
-        """See `ray.train.backend.BackendConfig`."""
-        return _Backend
-
-
-class Failures(UserCallback):
-    """Sees what ended the workers before Ray starts them again, in the process of Ray's that does so.
-
-    It also counts how often that was: a machine that left in good order is no failure.
-    """
-
-    def __init__(self, failed: Failed | None, restarts: int, *, alone: bool) -> None:
-        self._failed, self._left, self._alone = failed, restarts, alone
-        self._killed = memory.killed()
-
-    def after_report(self, run_context: Any, metrics: Any, checkpoint: Any) -> None:
-        """Whatever ended for lack of memory until now was none of ours."""
-        self._killed = memory.killed()
-
-    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
-        """An exception from here ends the training: what would be met again."""
-        causes = [cause for error in worker_exceptions.values() for cause in _chain(error)]
-        for cause in causes:
-            if isinstance(cause, UserError):
-                raise type(cause)(str(cause))
-        if any(isinstance(cause, stopping.LeavingError) for cause in causes):
-            return
-        died = [
-            each.health_check_failure for each in worker_exceptions.values() if hasattr(each, "health_check_failure")
-        ]
-        here = self._alone and memory.killed() > self._killed
-        if died and (here or any(_ENDED_BY_RAY in str(each) for each in died)):
-            which = "this" if self._alone else "a"
-            raise memory.OutOfMemoryError(f"The memory of {which} machine ran out, and a worker was ended for it.")
-        # A machine that was told to leave may be gone before its workers have; the others may be the first to say so.
-        if not (leaving.some() or any(getattr(error, "preempted", False) for error in died)):
-            if self._left == 0:
-                raise WorkersError("\n".join(str(error) for error in worker_exceptions.values()))
-            self._left -= 1
-        if self._failed is not None:
-            reasons = {
-                rank: first_line(getattr(error, "health_check_failure", error))
-                for rank, error in sorted(worker_exceptions.items())
-            }
-            self._failed(reasons)
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
-
-
-# What Ray says of a worker that it ended itself, before the kernel would.
-_ENDED_BY_RAY = "due to the node running low on memory"

@@ -16,7 +16,7 @@ POLL = 1.0  # seconds between two looks
 
 def some() -> bool:
     """Whether any machine of the cluster is leaving: it was told to, and Ray has not heard yet that it is gone."""
-    return bool(_draining())
+    return bool(machines())
 
 
 def watch(nodes: Set[str]) -> None:
@@ -28,12 +28,13 @@ def watch(nodes: Set[str]) -> None:
 
 
 def _watch(nodes: Set[str]) -> None:
-    while not nodes & _draining():
+    while not nodes & machines():
         time.sleep(POLL)
     stopping.leave()
 
 
-def _draining() -> Set[str]:
+def machines() -> Set[str]:
+    """Those that are leaving."""
     with suppress(Exception):  # the head may be busy, or gone; then there is more to notice than this
         return state.get_draining_nodes().keys()
     return frozenset()

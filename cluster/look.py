@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import tyro
 from rich.console import Console
 
 from cluster.source import Source, scanned
-from pipelines import preview
 from pipelines.errors import UserError
 from pipelines.geometry import Augment
-from pipelines.labels import Labels
-from pipelines.manifest import Manifest
-from trainer import TrainConfig, figures
-from trainer.images import describe
+from trainer.config import TrainConfig
+
+if TYPE_CHECKING:
+    from pipelines.labels import Labels
+    from pipelines.manifest import Manifest
 
 BATCH = 16  # images of a batch that are drawn
 SAME = 12  # epochs of one image
@@ -66,6 +66,9 @@ class Summary(Look):
 
 def show_batch(config: Annotated[ShowBatch, tyro.conf.arg(name="")]) -> None:
     """Draw a batch as training sees it, with its labels, or one image under many augmentations."""
+    from pipelines import preview  # which takes seconds
+    from trainer import figures
+
     console = Console()
     manifest, _ = _described(config, TrainConfig().global_batch, console)
     train = manifest.train
@@ -95,6 +98,8 @@ def show_batch(config: Annotated[ShowBatch, tyro.conf.arg(name="")]) -> None:
 
 def summarise(config: Annotated[Summary, tyro.conf.arg(name="")]) -> None:
     """Tell one image's whole way: file, header, pixels, label, draw, matrices, output, batch; or where it ends."""
+    from pipelines import preview  # which takes seconds
+
     console = Console()
     manifest, labels = _described(config, config.batch, console)
     lines = preview.summary(
@@ -112,6 +117,8 @@ def summarise(config: Annotated[Summary, tyro.conf.arg(name="")]) -> None:
 
 def _described(look: Look, batch: int, console: Console) -> tuple[Manifest, Labels]:
     """Scan the folder and describe it."""
+    from trainer.images import describe  # which takes seconds
+
     config = look.config(size=look.size, seed=look.seed, batch=batch, augment=look.augment)
     manifest, labels = scanned(config, console)
     describe(manifest, config, console)

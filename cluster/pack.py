@@ -17,7 +17,6 @@ import tyro
 from rich.console import Console
 
 from cluster.source import Source, scanned
-from pipelines import packing
 from pipelines.errors import UserError
 from trainer.bar import counted
 from trainer.run_folder import printable
@@ -35,8 +34,8 @@ class Pack(Source):
     """Store the files as they are: little more than their size."""
     short_side: int | None = None
     """Shrink images whose shorter side is longer than this many pixels; with --encoded they become new JPEGs."""
-    quality: int = packing.QUALITY
-    """Quality of those JPEGs, 1 to 100; their chroma is not subsampled."""
+    quality: int | None = None
+    """Quality of those JPEGs, 1 to 100; their chroma is not subsampled. Default: 90."""
 
     def __post_init__(self) -> None:
         if self.decoded == self.encoded:
@@ -44,7 +43,7 @@ class Pack(Source):
                 f"--decoded and --encoded {'exclude each other' if self.decoded else 'are both missing'}: give one of "
                 "them. Decoded pixels are faster to train on, encoded files take a tenth of the disk or less."
             )
-        if self.quality != packing.QUALITY and (self.decoded or self.short_side is None):
+        if self.quality is not None and (self.decoded or self.short_side is None):
             raise UserError(f"--quality {self.quality} is for JPEGs that --encoded with --short-side writes.")
 
 
@@ -53,6 +52,8 @@ def pack(config: tyro.conf.OmitArgPrefixes[Pack]) -> None:
 
     Train on them with `--data OUT`. An interrupted pack leaves nothing behind.
     """
+    from pipelines import packing  # which takes seconds
+
     console = Console()
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     try:
@@ -67,7 +68,7 @@ def pack(config: tyro.conf.OmitArgPrefixes[Pack]) -> None:
                     config.out,
                     kind="decoded" if config.decoded else "encoded",
                     short_side=config.short_side,
-                    quality=config.quality,
+                    quality=packing.QUALITY if config.quality is None else config.quality,
                     threads=len(os.sched_getaffinity(0)),
                     progress=progress,
                 )

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tyro
@@ -14,14 +15,14 @@ from rich.console import Console
 
 from cluster import environment
 from cluster.source import Source, scanned
-from pipelines import duplicates
 from pipelines.errors import UserError
-from pipelines.firewall import MAX_PIXELS
-from pipelines.manifest import Manifest
-from pipelines.scanning import Examine
+from pipelines.limits import MAX_PIXELS
 from trainer.bar import counted
-from trainer.images import found
 from trainer.run_folder import RunFolder, absolute
+
+if TYPE_CHECKING:
+    from pipelines.manifest import Manifest
+    from pipelines.scanning import Examine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,9 @@ def scan(config: tyro.conf.OmitArgPrefixes[Scan]) -> None:
 
     Files that cannot be used are no failure: the exit code is 0. `train` takes over what a scan found.
     """
+    from pipelines import duplicates  # which takes seconds
+    from trainer.images import found
+
     console = Console()
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     settings = config.config()
@@ -100,6 +104,8 @@ def _over_ray(address: str | None) -> Examine | None:
 
 def _alike(manifest: Manifest, threads: int, console: Console) -> str:
     """What pictures look alike, in words; pairs across the split come first."""
+    from pipelines import duplicates  # which takes seconds
+
     with counted(console, "Comparing pictures") as progress:
         files = [os.path.join(manifest.root, path) for path in manifest.paths]
         hashes_M, rows_M = duplicates.perceptual(files, manifest.formats, threads=threads, progress=progress)

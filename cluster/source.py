@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
-from rich.console import Console
 
-from pipelines.labels import Labels
-from pipelines.manifest import Manifest
-from trainer import TrainConfig
-from trainer.images import read_images, resolve_data
+from trainer.config import TrainConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipelines.labels import Labels
+    from pipelines.manifest import Manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,5 +39,7 @@ class Source:
 
 def scanned(config: TrainConfig, console: Console, **options: Any) -> tuple[Manifest, Labels]:
     """Scan the folder as `train` would; `options` are those of `read_images`."""
+    from trainer.images import read_images, resolve_data  # which takes seconds
+
     folder, labels = resolve_data(config, console)
     return read_images(folder, labels, config, console, **options), labels

@@ -1,15 +1,20 @@
 """Data: `scan` a folder, then `Loader` reads any step of any epoch of it."""
 
-from pipelines.cache import Cache
-from pipelines.errors import UserError
-from pipelines.geometry import Augment, Centre
-from pipelines.labels import Csv, Regex
-from pipelines.loader import Batch, Loader
-from pipelines.manifest import Manifest, Samples
-from pipelines.packing import pack
-from pipelines.plan import balanced, subset
-from pipelines.scanning import scan
-from pipelines.store import Store
+from typing import TYPE_CHECKING
+
+from pipelines.lazily import names_of
+
+if TYPE_CHECKING:
+    from pipelines.cache import Cache
+    from pipelines.errors import UserError
+    from pipelines.geometry import Augment, Centre
+    from pipelines.labels import Csv, Regex
+    from pipelines.loader import Batch, Loader
+    from pipelines.manifest import Manifest, Samples
+    from pipelines.packing import pack
+    from pipelines.plan import balanced, subset
+    from pipelines.scanning import scan
+    from pipelines.store import Store
 
 __all__ = [
     "Augment",
@@ -28,3 +33,19 @@ __all__ = [
     "scan",
     "subset",
 ]
+
+__getattr__ = names_of(
+    __name__,
+    {
+        "cache": ["Cache"],
+        "errors": ["UserError"],
+        "geometry": ["Augment", "Centre"],
+        "labels": ["Csv", "Regex"],
+        "loader": ["Batch", "Loader"],
+        "manifest": ["Manifest", "Samples"],
+        "packing": ["pack"],
+        "plan": ["balanced", "subset"],
+        "scanning": ["scan"],
+        "store": ["Store"],
+    },
+)

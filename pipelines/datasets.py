@@ -5,11 +5,10 @@ from __future__ import annotations
 import urllib.error
 from pathlib import Path
 
-import torchvision
-
 from pipelines.errors import UserError, first_line
 from pipelines.synthetic import breeds, cache_folder
 
+NAMES = ("breeds", "pets")
 PETS_REGEX = r"^(.+)_\d+\.jpg$"
 
 
@@ -22,6 +21,8 @@ def named_dataset(name: str) -> tuple[Path, str] | None:
         return breeds(), PETS_REGEX
     if name == "pets":
         cache = cache_folder().expanduser()
+        import torchvision  # which takes seconds
+
         try:
             torchvision.datasets.OxfordIIITPet(str(cache), download=True)
         except (urllib.error.URLError, RuntimeError, OSError) as error:

@@ -51,12 +51,8 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from pipelines.jpeg import plain_header
+from pipelines.limits import MAX_ASPECT, MAX_BYTES, MAX_PIXELS, MIN_SIDE
 
-MAX_PIXELS = 100_000_000
-MIN_SIDE = 2
-MAX_ASPECT = 100
-
-MAX_BYTES = 2**30  # a file is held in memory, and DALI's samples end at twice that
 DECODER = f"DALI {nvidia.dali.__version__}"
 
 _BATCH_FILES = 128

@@ -18,6 +18,7 @@ from pipelines import duplicates, firewall, verdicts
 from pipelines.errors import UserError
 from pipelines.firewall import Decoded, Progress, Refused
 from pipelines.labels import Labelled, Labels, SplitFrom, digest_now, no_labels, read_labels
+from pipelines.limits import MAX_PIXELS
 from pipelines.listing import Found
 from pipelines.manifest import Manifest, Quarantined, Samples, rows16
 from pipelines.plan import permutation
@@ -40,7 +41,7 @@ def scan(
     labels: Labels = "folder",
     valid_fraction: float = 0.2,
     split_seed: int = 42,
-    max_pixels: int = firewall.MAX_PIXELS,
+    max_pixels: int = MAX_PIXELS,
     threads: int = 2,
     progress: Progress | None = None,
     examine: Examine | None = None,
@@ -156,7 +157,7 @@ def scan_to_apply(
     root: str | os.PathLike[str],
     *,
     labels: Labels | None,
-    max_pixels: int = firewall.MAX_PIXELS,
+    max_pixels: int = MAX_PIXELS,
     threads: int = 2,
     progress: Progress | None = None,
 ) -> ToApply:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipelines.errors import UserError
-from pipelines.firewall import MAX_PIXELS, Decoded, Refused, examine
+from pipelines.firewall import Decoded, Refused, examine
+from pipelines.limits import MAX_PIXELS
 from pipelines.manifest import Samples
 
 _BLOCK = 64  # candidates looked at together: where a whole folder has gone, one at a time would take hours

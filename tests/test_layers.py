@@ -1,6 +1,8 @@
 """Imports run one way: pipelines <- trainer <- cluster; the engines stay behind their seams."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,10 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {"pipelines": set(), "trainer": {"pipelines"}, "cluster": {"pipelines", "trainer"}}
 LAYERS["benchmarks"] = {"pipelines", "trainer"}
 ENGINES = {
-    "ray": {f"cluster/{name}.py" for name in ("engine", "launch", "leaving", "join", "examine", "rounds")},
+    "ray": {
+        f"cluster/{name}.py"
+        for name in ("engine", "examine", "join", "launch", "leaving", "meeting", "restarts", "room", "rounds")
+    },
     "wandb": {"trainer/tracking.py"},
     "nvidia": {
         *("pipelines/graph.py", "pipelines/decode.py", "pipelines/firewall.py"),
@@ -48,3 +53,26 @@ def test_an_engine_is_imported_in_its_own_files_alone(engine):
     }
     assert users <= ENGINES[engine]
     assert users
+
+
+# What comes late: whoever asks for help, or starts workers again, must not wait for it.
+HEAVY = {"torch", "torchvision", "timm", "nvidia", "wandb", "matplotlib", "numba"}
+
+
+@pytest.mark.parametrize("module", ["cluster.cli", "cluster.launch", "trainer.job", "pipelines", "trainer"])
+def test_what_takes_seconds_comes_when_it_is_needed(module):
+    told = subprocess.run(
+        [sys.executable, "-c", f"import sys, {module}; print(*sys.modules)"], capture_output=True, text=True, check=True
+    )
+    assert not HEAVY & set(told.stdout.split())
+
+
+def test_packages_hold_what_they_say():
+    import pipelines
+    import trainer
+
+    for package in (pipelines, trainer):
+        for name in package.__all__:
+            assert getattr(package, name).__module__.split(".")[0] in ("pipelines", "trainer")
+        with pytest.raises(AttributeError, match=f"module '{package.__name__}' has no attribute 'nothing'"):
+            _ = package.nothing

@@ -102,7 +102,8 @@ def apply(
     (scratch / TASK).write_bytes(pickle.dumps(Task(trained=trained, samples=samples, tta=tta)))
     with counted(console, f"Applying {trained.path.name}") as progress, _following(scratch / TOLD, progress):
         crew = Crew(workers, workers)
-        launcher(crew)(partial(score, scratch), crew)
+        with launcher(crew)(partial(score, scratch), crew) as wait:
+            wait()
     parts: list[Scores] = [pickle.loads(file.read_bytes()) for file in sorted(scratch.glob("part-*.pickle"))]
     return _together(parts, samples)
 

@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Literal
 
 from pipelines.errors import UserError
-from trainer import predictions
 
 MOST_TTA = 1000
 Weights = Literal["last", "best"]
+
+
+def check_table(path: Path) -> None:
+    """Raise UserError where the name says neither CSV nor Parquet: better before the images are read than after."""
+    if path.suffix not in (".csv", ".parquet"):
+        raise UserError(f"The predictions' file {path} must end in .csv or .parquet, which says how it is written.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,4 +87,4 @@ class PredictConfig(ApplyConfig):
         object.__setattr__(self, "data", Path(self.data))
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise UserError(f"--threshold is {self.threshold}; it must be between 0 and 1.")
-        predictions.check(self.out)
+        check_table(self.out)

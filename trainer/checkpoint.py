@@ -229,7 +229,8 @@ def restore(learner: Learner, folder: Path) -> Position:
             value = torch.empty_like(like, dtype=value.dtype).copy_(value)
         state.setdefault(int(part), {})[key] = value
     learner.optimizer.load_state_dict({"state": state, "param_groups": groups})
-    learner.scaler.load_state_dict(numbers["scaler"])
+    if numbers["scaler"]:  # none was needed where there is none
+        learner.scaler.load_state_dict(numbers["scaler"])
     return Position.from_dict(numbers["position"])
 
 

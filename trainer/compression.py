@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from pipelines.errors import UserError
-
-Compression = Literal["none", "bf16", "fp16"]
+from trainer.config import Compression
 
 # Each divides by the number of ranks before it sums, so that a sum does not overflow where the mean does not.
 HOOKS = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.fp16_compress_hook}

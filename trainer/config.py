@@ -13,7 +13,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipelines.errors import UserError, first_line
 from pipelines.geometry import Augment
-from trainer.compression import Compression
 from trainer.crew import Crew
 from trainer.micro import share
 from trainer.schedule import rates_in_words, read_rates
@@ -22,6 +21,7 @@ from trainer.sizes import read_sizes, size_of_each_epoch
 SIZES = (32, 1024)
 
 OnNan = Literal["stop", "skip", "rewind"]
+Compression = Literal["none", "bf16", "fp16"]
 Goal = Literal["train", "lr-find"]
 
 

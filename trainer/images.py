@@ -10,8 +10,8 @@ from rich.console import Console
 
 from pipelines.datasets import named_dataset
 from pipelines.errors import UserError
-from pipelines.firewall import MAX_PIXELS
 from pipelines.labels import Csv, Labels, Regex
+from pipelines.limits import MAX_PIXELS
 from pipelines.manifest import Manifest
 from pipelines.scanning import Examine, scan
 from pipelines.store import is_store

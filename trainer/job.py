@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from pipelines.errors import UserError
-from pipelines.manifest import Manifest
-from trainer import journal, memory, rehearsal, watchdog
-from trainer.best import Best
+from trainer import journal, memory
 from trainer.config import Goal, TrainConfig, flat
-from trainer.prepare import prepare
 from trainer.progress import Progress
-from trainer.run_folder import RunFolder
-from trainer.starting import check_batch, launcher, resolve_crew
-from trainer.stopping import StoppedError, listening
+from trainer.run_folder import RunFolder, absolute, new_name
+from trainer.starting import Workers, check_batch, resolve_crew
+from trainer.stopping import StoppedError, ending, listening
 from trainer.tracking import Tracker, TrackingMode
+
+if TYPE_CHECKING:
+    from pipelines.manifest import Manifest
+    from trainer.best import Best
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,8 @@ def fine_tune(config: TrainConfig, console: Console | None = None) -> Result:
         UserError: something about the data, the model or the machine that a person can mend.
         StoppedError: a signal came, and the run ended at a checkpoint.
     """
+    from trainer.best import Best
+
     started = time.time()
     events, folder, manifest = _carry_out(config, "train", console or Console())
     finished = next(event for event in reversed(events) if event["event"] == "finished")
@@ -101,23 +105,35 @@ def lr_find(config: TrainConfig, console: Console | None = None) -> LrFind:
 
 
 def _carry_out(config: TrainConfig, goal: Goal, console: Console) -> tuple[list[dict[str, Any]], RunFolder, Manifest]:
-    from trainer.worker import run  # not before: it may itself be the program that runs
-
     config, caught, started = resolve_crew(config), [], time.time()
     check_batch(config)
-    folder, manifest = prepare(config, console)
-    launch = launcher(config.crew, config.address, shared=folder.engine, data=Path(folder.read_config().data))
-    if goal == "train" and any(event["event"] == "finished" for event in journal.read(folder.journal)):
-        console.print(f"The run {folder.path.name} was finished before; this is how it ended.")
-    else:
-        try:
-            with watched(folder, config.wandb, console), listening(folder.stop, config.grace) as caught:
-                launch(partial(run, folder.path, goal), config.crew, config.restarts, partial(note_failure, folder))
-        except memory.OutOfMemoryError as error:
-            if config.address is not None:
-                raise UserError(f"{error} Choose a smaller --batch or --size, or give --micro-batch.") from None
-            with console.status("The memory ran out. Trying which batch fits …"):
-                raise UserError(f"{error} {rehearsal.advice(folder.read_config(), manifest, folder.initial)}") from None
+    name = config.name or new_name(config.runs, absolute(Path(config.data)))
+    config = dataclasses.replace(config, name=name)
+    folder = RunFolder(absolute(config.runs) / name)
+    new, short = not folder.config.exists(), None
+    with Workers(config, goal, folder) as workers:
+        with ending():
+            if new:
+                workers.begin_early()
+            from trainer.prepare import prepare  # which takes seconds, while they start
+
+            folder, manifest = prepare(config, console)
+        if goal == "train" and any(event["event"] == "finished" for event in journal.read(folder.journal)):
+            console.print(f"The run {folder.path.name} was finished before; this is how it ended.")
+        else:
+            offset = 0 if new else journal.whole(folder.journal)
+            with watched(folder, config.wandb, console, offset), listening(folder.stop, config.grace) as caught:
+                try:
+                    workers.work()
+                except memory.OutOfMemoryError as error:
+                    short = error
+    if short is not None:
+        if config.address is not None:
+            raise UserError(f"{short} Choose a smaller --batch or --size, or give --micro-batch.")
+        from trainer import rehearsal
+
+        with console.status("The memory ran out. Trying which batch fits …"):
+            raise UserError(f"{short} {rehearsal.advice(folder.read_config(), manifest, folder.initial)}")
     events = journal.read(folder.journal)
     begin = max(i for i, event in enumerate(events) if event["event"] == "run" and event["command"] == goal)
     if events[-1]["event"] == "stopped" and events[begin]["time"] >= started:
@@ -127,22 +143,10 @@ def _carry_out(config: TrainConfig, goal: Goal, console: Console) -> tuple[list[
     return events[begin:], folder, manifest
 
 
-def note_failure(folder: RunFolder, reasons: dict[int, str]) -> None:
-    """Record what ended the workers; the one that writes the journal is ended, or about to be."""
-    record = journal.Journal(folder.journal)
-    for rank, stood in watchdog.notes(folder.stalled):
-        record.write("stalled", rank=rank, stood=stood)
-    for rank, reason in reasons.items():
-        record.write("warning", message=f"Worker {rank} failed ({reason.rstrip('.')}).")
-    with suppress(UserError):  # a full storage is no reason not to start again
-        record.close()
-
-
 @contextmanager
-def watched(folder: RunFolder, wandb_mode: TrackingMode, console: Console) -> Generator[None]:
-    """Show and track what is written to the journal from now on, while the workers run."""
+def watched(folder: RunFolder, wandb_mode: TrackingMode, console: Console, offset: int) -> Generator[None]:
+    """Show and track what is written to the journal from byte `offset` on, while the workers run."""
     stop = threading.Event()
-    offset = journal.whole(folder.journal)
 
     with Progress(console) as progress:
 

@@ -18,7 +18,8 @@ from pipelines.errors import UserError
 from pipelines.loader import Batch, Loader
 from pipelines.plan import rank_slice
 from trainer import compiling, optim
-from trainer.compression import HOOKS, Compression
+from trainer.compression import HOOKS
+from trainer.config import Compression
 from trainer.ema import Ema
 from trainer.guard import IN_A_ROW, REWINDS, Guard, RewindError, images, refusal
 from trainer.journal import Journal

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from pipelines.errors import UserError, first_line
 
@@ -258,7 +257,7 @@ def _table(path: Path) -> dict[str, int]:
     return table
 
 
-# How allocators that raise no error of their own say it: torch's on the CPU, C++, DALI, CUDA's libraries, the system.
+# How allocators say it: torch's on GPUs and on the CPU, C++, DALI, CUDA's libraries, the system.
 _SAID = (
     "DefaultCPUAllocator",
     "bad_alloc",
@@ -273,7 +272,7 @@ def ran_out(error: BaseException) -> bool:
     """Whether the error, or what it came from, means that there was no memory left."""
     met: BaseException | None = error
     while met is not None:
-        if isinstance(met, (MemoryError, torch.OutOfMemoryError, OutOfMemoryError)):
+        if isinstance(met, (MemoryError, OutOfMemoryError)):
             return True
         if isinstance(met, OSError) and met.errno == errno.ENOMEM:
             return True
@@ -291,6 +290,8 @@ def told(rank: int) -> Generator[None]:
     except Exception as error:
         if isinstance(error, OutOfMemoryError) or not ran_out(error):
             raise
+        import torch  # not before: who only asks `killed` does without
+
         words = first_line(error)
         traceback.clear_frames(error.__traceback__)
         if torch.cuda.is_initialized():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from pipelines.errors import UserError
+from trainer.ranks import Ranks
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -67,3 +68,15 @@ def resolve(choice: str, device: torch.device) -> Precision:
         else:
             choice = "fp32"
     return Precision(name=choice, device=device)
+
+
+def agreed(choice: str, ranks: Ranks) -> Precision:
+    """The same for all ranks: `auto` on GPUs of different generations is what the oldest of them has.
+
+    Raises:
+        UserError: see `resolve`.
+    """
+    own = resolve(choice, ranks.device)
+    names = set(ranks.gather([own.name]))
+    oldest = next(name for name in ("fp32", "fp16", "bf16", "tf32") if name in names)
+    return Precision(name=oldest, device=ranks.device)

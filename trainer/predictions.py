@@ -13,6 +13,7 @@ import pyarrow.parquet
 import torch
 
 from pipelines.errors import UserError, first_line
+from trainer.apply_config import check_table
 from trainer.run_folder import printable
 
 BEST = 5
@@ -53,7 +54,7 @@ def write(
     Raises:
         UserError: the name ends in neither, or the file cannot be written.
     """
-    check(path)
+    check_table(path)
     names = np.array([*classes, None], dtype=object)  # at -1, `losses.NONE`, stands nothing
     columns = {"path": pa.array([printable(name) for name in paths], pa.string())}
     if labels_N is not None:
@@ -78,9 +79,3 @@ def write(
             f"The predictions cannot be written to {path} ({first_line(error)}). Choose another file, in a folder that "
             "is there and can be written to."
         ) from None
-
-
-def check(path: Path) -> None:
-    """Raise UserError where the name says neither CSV nor Parquet: better before the images are read than after."""
-    if path.suffix not in (".csv", ".parquet"):
-        raise UserError(f"The predictions' file {path} must end in .csv or .parquet, which says how it is written.")

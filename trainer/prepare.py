@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,7 +19,7 @@ from trainer import checkpoint, compiling, compression, memory, models, precisio
 from trainer.config import TrainConfig, flat
 from trainer.images import describe, read_images, resolve_data
 from trainer.ranks import Ranks
-from trainer.run_folder import RunFolder, absolute, slug, write_atomic
+from trainer.run_folder import RunFolder, absolute, new_name, write_atomic
 from trainer.starting import check_batch
 
 # Settings that may differ when a run goes on: the images and their order stay the same. (Another number of workers
@@ -31,9 +30,9 @@ FREE_TO_CHANGE |= {"restarts", "grace", "stall", "on_nan", "resume", "restart"}
 
 
 def prepare(config: TrainConfig, console: Console) -> tuple[RunFolder, Manifest]:
-    """Scan the data, make the run's folder, and put into it all that the workers read.
+    """Scan the data, make the run's folder, and put into it all that the workers read; last, its configuration.
 
-    Everything that a person can get wrong about data and model is found here, before any worker starts.
+    Everything that a person can get wrong about data and model is found here, before any worker begins its work.
     """
     models.check_known(config.model)
     compression.check(config.grad_compression)
@@ -44,8 +43,9 @@ def prepare(config: TrainConfig, console: Console) -> tuple[RunFolder, Manifest]
         raise UserError("--batch auto measures this machine, and the workers run on others. Give --batch a number.")
     if config.weights is not None and not config.weights.expanduser().is_file():
         raise UserError(f"--weights {config.weights}: there is no such file.")
+    given = config.precision
     data, labels = resolve_data(config, console)
-    name = config.name or _new_name(config.runs, data)
+    name = config.name or new_name(config.runs, data)
     folder = RunFolder(absolute(config.runs) / name)
     if config.resume and not folder.config.exists():
         there = sorted(path.parent.name for path in absolute(config.runs).glob("*/config.json"))
@@ -71,6 +71,8 @@ def prepare(config: TrainConfig, console: Console) -> tuple[RunFolder, Manifest]
         if config.batch == "auto":
             config = dataclasses.replace(config, batch=folder.read_config().batch)
             check_batch(config)
+        if given == "auto":  # it goes on as it began, wherever that was
+            config = dataclasses.replace(config, precision=folder.read_config().precision)
         _check_same(folder, config)
         manifest = Manifest.read(folder.manifest)
         if not is_current(manifest):
@@ -142,16 +144,11 @@ def check_cache(config: TrainConfig, manifest: Manifest) -> None:
         )
 
 
-def _new_name(runs: Path, data: Path) -> str:
-    """Data and time, and a number where that is taken."""
-    base = f"{slug(data.name)}-{time.strftime('%Y%m%d-%H%M%S')}"
-    names = itertools.chain([base], (f"{base}-{i}" for i in itertools.count(2)))
-    return next(name for name in names if not (absolute(runs) / name).exists())
-
-
 def _check_same(folder: RunFolder, config: TrainConfig) -> None:
     before, now = flat(folder.read_config().as_dict()), flat(config.as_dict())
     changed = [key for key in now if key not in FREE_TO_CHANGE and now[key] != before[key]]
+    if before["precision"] == "auto":  # chosen by the machines of a cluster
+        changed = [key for key in changed if key != "precision"]
     if changed:
         told = ", ".join(f"--{key.replace('_', '-')} was {before[key]} and is now {now[key]}" for key in changed)
         raise UserError(

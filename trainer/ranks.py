@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.crew import Crew
+from trainer.notes import Note
 
 T = TypeVar("T")
 
@@ -66,11 +68,13 @@ Report = Callable[[dict[str, float]], None]
 Work = Callable[[Ranks, Report], None]
 """What each worker does. It is pickled to get there; what it finds out it leaves in files."""
 
-Failed = Callable[[dict[int, str]], None]
-"""Told of workers that failed and are started again: what ended each, by rank. It is pickled to get there."""
+Wait = Callable[[], None]
+"""Returns when all workers have ended well."""
 
 
 class Launcher(Protocol):
-    """Starts so many workers, and returns when they have all ended well; see `cluster.launch.launch`."""
+    """Starts so many workers; see `cluster.launch.launch`."""
 
-    def __call__(self, work: Work, crew: Crew, restarts: int = 0, failed: Failed | None = None, /) -> None: ...
+    def __call__(
+        self, work: Work, crew: Crew, restarts: int = 0, note: Note | None = None, /
+    ) -> AbstractContextManager[Wait]: ...

@@ -25,7 +25,7 @@ import torch
 
 from pipelines.errors import UserError
 from pipelines.manifest import Manifest
-from trainer import memory
+from trainer import allocation, memory
 from trainer.config import TrainConfig
 from trainer.memory import Bounds, Choice, Peak
 from trainer.ranks import Ranks
@@ -117,6 +117,7 @@ def measure(config: TrainConfig, manifest: Manifest, initial: Path, sizes: Seque
         UserError: a rehearsal ended with another error.
     """
     workers = max(1, config.crew.most)
+    alike = allocation.environment() if config.crew.most and not torch.cuda.is_available() else {}
     gpus = min(workers, torch.cuda.device_count())
     config = dataclasses.replace(
         config,
@@ -154,7 +155,7 @@ def measure(config: TrainConfig, manifest: Manifest, initial: Path, sizes: Seque
             capture_output=True,
             text=True,
             errors="replace",
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+            env={**os.environ, **alike, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
             check=False,
         )
         lines = [json.loads(line) for line in told.read_text().splitlines()] if told.exists() else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 import re
 import time
@@ -66,7 +67,7 @@ class RunFolder:
 
     @property
     def stop(self) -> Path:
-        """Asks the workers, while it is there, to write a checkpoint and to end."""
+        """Asks the workers, once there is something in it, to write a checkpoint and to end."""
         return self.path / "stop"
 
     @property
@@ -142,3 +143,10 @@ def absolute(path: Path) -> Path:
 def slug(name: str) -> str:
     """A folder name made of harmless characters."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.") or "data"
+
+
+def new_name(runs: Path, data: Path) -> str:
+    """Data and time, and a number where that is taken."""
+    base = f"{slug(data.name)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = itertools.chain([base], (f"{base}-{i}" for i in itertools.count(2)))
+    return next(name for name in names if not (absolute(runs) / name).exists())

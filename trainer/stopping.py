@@ -35,9 +35,9 @@ class LeavingError(Exception):
     """A machine is about to leave the cluster, and the run has a checkpoint: it is to be started again without it."""
 
 
-def listen() -> None:
-    """From now on SIGTERM asks this worker process to stop, and with it all of its run; on the main thread."""
-    signal.signal(signal.SIGTERM, lambda number, frame: _asked.set())
+def stop() -> None:
+    """Ask this worker process to stop, and with it all of its run."""
+    _asked.set()
 
 
 def leave() -> None:
@@ -46,8 +46,14 @@ def leave() -> None:
 
 
 def told_to_stop(request: Path | None) -> bool:
-    """Whether this process was asked to stop, or the file `request` is there."""
-    return _asked.is_set() or (request is not None and request.exists())
+    """Whether this process was asked to stop, or there is something in the file `request`."""
+    return _asked.is_set() or (request is not None and _written(request))
+
+
+def _written(request: Path) -> bool:
+    with suppress(OSError):  # the storage may be gone
+        return request.read_bytes() != b""
+    return False
 
 
 def asked(request: Path | None) -> bool:
@@ -56,8 +62,27 @@ def asked(request: Path | None) -> bool:
 
 
 @contextmanager
+def ending() -> Generator[None]:
+    """While it lasts, SIGTERM is a `StoppedError`: what was begun is ended in good order; on the main thread."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise StoppedError("stopped before training began", number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def listening(request: Path, grace: float) -> Generator[list[int]]:
-    """While it lasts, a signal puts the file `request` there; yields the signals that came.
+    """While it lasts, a signal is written into the file `request`; yields the signals that came.
+
+    The file is there before: that a new one has come is seen on network file systems a minute late.
 
     A second Ctrl-C is a KeyboardInterrupt. On another thread than the main one, where no signal arrives, it does
     nothing.
@@ -81,14 +106,14 @@ def listening(request: Path, grace: float) -> Generator[list[int]]:
         if len(caught) == 1:
             signal.setitimer(signal.ITIMER_REAL, grace)
             with suppress(OSError):  # the storage may be gone; then the time is
-                request.touch()
+                request.write_text(signal.Signals(number).name)
 
     def late(number: int, frame: FrameType | None) -> None:
         message = f"stopped: the workers did not end within {grace:g} seconds; their last checkpoint is what is left"
         raise StoppedError(message, caught[0])
 
     with suppress(OSError):
-        request.unlink()
+        request.write_bytes(b"")
     before = {number: signal.signal(number, ask) for number in SIGNALS}
     before[signal.SIGALRM] = signal.signal(signal.SIGALRM, late)
     try:

@@ -19,8 +19,10 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from trainer.ranks import Ranks
+if TYPE_CHECKING:
+    from trainer.ranks import Ranks
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: trying again may help
 FIRST = 10.0  # times as long for the first step, for which caches fill and compilers work

@@ -9,6 +9,7 @@ import argparse
 import gc
 import itertools
 import platform
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -83,6 +84,8 @@ def run(path: Path, goal: Goal, ranks: Ranks, report: Report = lambda metrics: N
 def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, closing: ExitStack) -> None:
     started = time.time()
     folder, lead = RunFolder(path), ranks.rank == 0
+    if not folder.config.exists():
+        raise FileNotFoundError(f"{socket.gethostname()} does not see the run's folder {path}: mount it there, too")
     config = folder.read_config()
     if lead:
         closing.enter_context(folder.locked(patience=300))  # a worker that was killed may hang on its disk
@@ -104,7 +107,7 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, closing: ExitStac
 
     # Data
     manifest = Manifest.read(folder.manifest)
-    numbers = precision.resolve(config.precision, ranks.device)
+    numbers = precision.agreed(config.precision, ranks)
     numbers.set_tf32()
     statistics = models.statistics(config.model)
     train_samples, valid_samples = (

@@ -17,9 +17,16 @@ def room(monkeypatch):
     monkeypatch.setenv(environment.OTHERS, "0")
     from cluster import join
 
-    def of(crew, *resources, patience=0.0):
+    def of(crew, *resources, free=None, patience=0.0):
         answers = iter(resources)
-        monkeypatch.setattr(join.ray, "cluster_resources", lambda: next(answers))
+        now = {}
+
+        def there():
+            now.update(next(answers))
+            return now
+
+        monkeypatch.setattr(join.ray, "cluster_resources", there)
+        monkeypatch.setattr(join.state, "available_resources_per_node", lambda: {"head": free or now})
         return join.wait_for_room(crew, "head:6379", patience)
 
     return of
@@ -38,6 +45,8 @@ def test_too_little_room_is_told_and_not_waited_for_for_ever(room, capsys):
         room(Crew(4, 4), {"GPU": 2.0, "CPU": 64.0})
     with pytest.raises(UserError, match=r"--workers 2:4: the cluster at head:6379 has 1 CPU cores and no GPU"):
         room(Crew(2, 4), {"CPU": 1.0})
+    with pytest.raises(UserError, match=r"has 2 GPUs, 1 of them free, one for a worker\. .* wait for the end of other"):
+        room(Crew(2, 2), {"GPU": 2.0, "CPU": 64.0}, free={"GPU": 1.0, "CPU": 64.0})
     # It says so at once, and goes on when machines come.
     capsys.readouterr()
     assert room(Crew(2, 4), {}, {"GPU": 1.0}, {"GPU": 2.0}, patience=60) == 2
@@ -60,5 +69,16 @@ def test_a_cluster_is_told_how_many_workers(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert resolve_crew(TrainConfig(workers=4000)).address == "10.0.0.1:6379"
     assert resolve_crew(TrainConfig(workers=0)).address is None
+    monkeypatch.setenv("RAY_ADDRESS", "local")  # Ray's word for this machine
+    assert resolve_crew(TrainConfig()).address is None
+    assert resolve_crew(TrainConfig(address="local", workers=2)).address is None
     with pytest.raises(UserError, match="--address is auto; it must be left out with --workers 0"):
         TrainConfig(address="auto", workers=0)
+
+
+def test_a_process_whose_ray_is_for_this_machine_alone_joins_none(monkeypatch):
+    from cluster import engine
+
+    monkeypatch.setattr(engine, "ALONE", True)
+    with pytest.raises(UserError, match="--address head:6379: in this process Ray was started for this machine alone"):
+        engine.joined("head:6379").__enter__()

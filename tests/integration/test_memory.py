@@ -33,7 +33,8 @@ def starved(path, ranks, report):
 
 if __name__ == "__main__":
     try:
-        launch(partial(starved, Path(sys.argv[1])), Crew(2, 2))
+        with launch(partial(starved, Path(sys.argv[1])), Crew(2, 2)) as wait:
+            wait()
     except memory.OutOfMemoryError as error:
         print("out of memory:", error)
 """

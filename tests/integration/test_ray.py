@@ -1,6 +1,8 @@
 """A whole job on two real Ray workers, and what it leaves behind."""
 
 import os
+import subprocess
+import sys
 
 import pyarrow.parquet as pq
 import pytest
@@ -58,3 +60,49 @@ def test_a_mistake_met_by_a_worker_is_told_in_words(small_set, tmp_path, tempora
     assert "Traceback" not in told.stderr + told.stdout
     assert left_running(long) == {}
     assert list(long.iterdir()) == []
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two workers take two cores")
+def test_workers_that_have_started_end_with_what_prepares_their_run(small_set, tmp_path, temporary):
+    told = train(small_set, tmp_path, temporary, "--workers", "2", "--subset", "0.1")
+    assert told.returncode == 2, told.stdout + told.stderr
+    assert "--batch 8 is larger than the 6 training images of --subset 0.1" in told.stderr
+    assert left_running(temporary) == {}
+    assert list(temporary.iterdir()) == []
+    assert not (tmp_path / "runs").exists()
+
+
+HANDLED = """
+import os, signal, threading, time
+from cluster import engine
+
+caught, up, leave = [], threading.Event(), threading.Event()
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, frame: caught.append(number))
+
+def run():
+    with engine.local(1):
+        up.set()
+        leave.wait()
+
+thread = threading.Thread(target=run)
+thread.start()
+up.wait()
+for number in (signal.SIGTERM, signal.SIGINT):
+    os.kill(os.getpid(), number)
+time.sleep(0.5)
+leave.set()
+thread.join()
+print(*map(int, caught))
+"""
+
+
+def test_signals_reach_their_handlers_though_ray_has_its_own_beside_them(temporary):
+    told = subprocess.run(
+        [sys.executable, "-c", HANDLED],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TMPDIR": str(temporary)},
+        check=False,
+    )
+    assert told.stdout == "15 2\n", told.stdout + told.stderr

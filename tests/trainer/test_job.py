@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from trainer import TrainConfig, fine_tune, lr_find
 from trainer.best import Best
 from trainer.job import Result, _continuing, summary
 from trainer.journal import read
+from trainer.prepare import prepare
 from trainer.ranks import Ranks
 from trainer.worker import run
 
@@ -189,6 +191,23 @@ def test_a_finished_run_is_not_run_again_and_another_configuration_is_refused(sm
     assert fine_tune(wanted, quiet).error_rate == first.error_rate
     with pytest.raises(UserError, match="exists with another configuration: --lr was 0.001 and is now 0.002"):
         fine_tune(config(small_set, tmp_path, epochs=1, freeze_epochs=0, lr=2e-3), quiet)
+
+
+def test_auto_precision_is_whatever_the_run_began_with(small_set, tmp_path, quiet):
+    settings = {"epochs": 1, "freeze_epochs": 0, "lr": 1e-3}
+    fine_tune(config(small_set, tmp_path, precision="bf16", **settings), quiet)
+    assert prepare(config(small_set, tmp_path, **settings), quiet)[0].read_config().precision == "bf16"
+    with pytest.raises(UserError, match="--precision was bf16 and is now fp32"):
+        prepare(config(small_set, tmp_path, precision="fp32", **settings), quiet)
+    # A cluster's machines chose for themselves, each time.
+    path = tmp_path / "run/config.json"
+    path.write_text(path.read_text().replace('"bf16"', '"auto"'))
+    prepare(config(small_set, tmp_path, precision="fp32", **settings), quiet)
+
+
+def test_a_worker_that_does_not_see_the_run_says_where_it_is(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"{socket.gethostname()} does not see the run's folder {tmp_path}"):
+        run(tmp_path, "train", Ranks())
 
 
 def test_lr_find_alone(small_set, tmp_path, quiet):

@@ -8,6 +8,7 @@ import torch
 
 from pipelines.errors import UserError
 from trainer import compression, models, precision
+from trainer.ranks import Ranks
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -35,6 +36,27 @@ def test_tf32_is_refused_where_no_unit_computes_in_it(monkeypatch):
         precision.resolve("tf32", GPU)
     monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda: True)
     assert precision.resolve("tf32", GPU).name == "tf32"
+
+
+class Mates(Ranks):
+    """Ranks of which the others answer this."""
+
+    others = ()
+
+    def gather(self, values):
+        return [*values, *self.others]
+
+
+@pytest.mark.parametrize(
+    ("others", "name"),
+    [(["bf16"], "bf16"), (["fp16", "bf16"], "fp16"), (["bf16", "fp32"], "fp32")],
+)
+def test_gpus_of_different_generations_agree_on_what_all_have(monkeypatch, others, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(Mates, "others", others)
+    agreed = precision.agreed("auto", Mates(world_size=3))
+    assert (agreed.name, agreed.device) == (name, GPU)
 
 
 SWITCHES = """

@@ -6,20 +6,20 @@ import time
 
 import pytest
 
-from trainer.stopping import StoppedError, listening
+from trainer.stopping import StoppedError, ending, listening, told_to_stop
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_a_request_while_it_lasts(tmp_path, number):
     request = tmp_path / "stop"
-    request.touch()  # by a process that was killed
+    request.write_text("by a process that was killed")
     before = signal.getsignal(number)
     with listening(request, grace=60) as caught:
-        assert not request.exists()
+        assert not told_to_stop(request)
         os.kill(os.getpid(), number)
-        assert request.exists()
+        assert told_to_stop(request)
     assert caught == [number]
-    assert not request.exists()
+    assert not told_to_stop(request) and not request.exists()
     assert signal.getsignal(number) == before
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
@@ -45,3 +45,17 @@ def test_a_second_interrupt_is_one(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         insist()
     assert not (tmp_path / "stop").exists()
+
+
+def test_before_there_is_training_it_is_the_end():
+    before = signal.getsignal(signal.SIGTERM)
+
+    def wait():
+        with ending():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+
+    with pytest.raises(StoppedError, match="before training began") as told:
+        wait()
+    assert told.value.exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) == before
