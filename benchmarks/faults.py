@@ -1,6 +1,6 @@
 """What a run loses when its processes die, and how long it takes to go on.
 
-    python -m benchmarks.faults [--json FILE]
+    onewarp bench faults [--json FILE]
 
 A training with two workers, on a Ray cluster of a head and two nodes on this machine, is hit with SIGKILL at random
 steps: a worker, a whole node with all its processes, the command itself. A node is replaced at once, the command is
@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import safetensors.torch
-import tyro
 from rich.console import Console
 
 from benchmarks.nodes import RAY, Node, nodes
@@ -296,7 +295,7 @@ def main(options: FaultOptions) -> Record:
             figures.append(Figure(row=row, column="s a step", samples=[this for this, _ in pairs]))
     record = Record(
         title="Signals, and what they cost",
-        module="benchmarks.faults",
+        name="faults",
         options=options,
         figures=figures,
         skipped={},
@@ -323,7 +322,3 @@ def _folder(place: str, name: str) -> Path:
     folder = Path(place, name)
     folder.mkdir()
     return folder
-
-
-if __name__ == "__main__":
-    main(tyro.cli(FaultOptions, prog="python -m benchmarks.faults", description=__doc__))

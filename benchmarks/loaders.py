@@ -1,6 +1,6 @@
 """Images per second, and core time an image, of our loader and of the other ways to read the same files.
 
-    python -m benchmarks.loaders --data DIR [--json FILE]
+    onewarp bench loaders --data DIR [--json FILE]
 
 The ways take turns, round by round, so that a machine whose speed drifts does not favour one. In its turn a way reads
 for `--seconds`, in whole batches, from files to normalised float images; a slow way finishes the batches it has begun.
@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 
 from benchmarks import peers
 from benchmarks.record import Figure, Options, Record, open_data
@@ -162,7 +161,7 @@ def compare(options: LoaderOptions, samples: Samples, stored: Samples) -> Record
 
     record = Record(
         title=f"Loaders, {options.size} px, batches of {options.batch}, {options.threads} threads or workers",
-        module="benchmarks.loaders",
+        name="loaders",
         options=options,
         figures=[figure for name, turns_R2 in turns.items() for figure in _figures(name, turns_R2, turns[OURS])],
         skipped=skipped,
@@ -183,7 +182,3 @@ def _figures(name: str, turns: list[tuple[float, float]], ours: list[tuple[float
         pairs = list(zip(turns, ours, strict=True))
         yield Figure(row=name, column=FASTER, samples=[our[0] / this[0] for this, our in pairs])
         yield Figure(row=name, column=CHEAPER, samples=[this[1] / our[1] for this, our in pairs])
-
-
-if __name__ == "__main__":
-    main(tyro.cli(LoaderOptions, prog="python -m benchmarks.loaders", description=__doc__))

@@ -1,6 +1,6 @@
 """What the trainer costs beside the model: its step against a bare loop, and how long a real training waits for data.
 
-    python -m benchmarks.overhead --data DIR [--json FILE]
+    onewarp bench overhead --data DIR [--json FILE]
 
 Ours is `trainer.loop.train_epoch`, with a journal on the disk, on batches that lie in memory; the bare loop is `bare`
 below. Both run in the same processes, on the same batches, from the same weights, at the same rates, in fp32; they take
@@ -16,21 +16,16 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
-import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-import tyro
 from rich.console import Console
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -38,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from benchmarks.record import Figure, Options, Record, open_data
+from benchmarks.spawned import on_ranks, together
 from pipelines import Augment, Loader, Samples
 from pipelines.errors import UserError
 from pipelines.loader import Batch
@@ -195,10 +191,10 @@ def take_turns(options: OverheadOptions, samples: Samples, ranks: Ranks, folder:
         bare(network, optimizer, scheduler, batches.epoch())
 
     def timed(turn: Callable[[InMemory], None]) -> tuple[float, float]:
-        _together(ranks)
+        together(ranks)
         started, cores = time.perf_counter(), time.process_time()
         turn(block)
-        _together(ranks)
+        together(ranks)
         return (time.perf_counter() - started) / options.steps, (time.process_time() - cores) / options.steps
 
     our_turn(warm_up)
@@ -211,14 +207,6 @@ def take_turns(options: OverheadOptions, samples: Samples, ranks: Ranks, folder:
     parts = {name: 1e6 * seconds for name, seconds in beside_the_model(learner, phase, journal)}
     journal.close()
     return Turns(ours=ours, bare=theirs, parts=parts, apart=_distance(model, other) / _distance(other, first))
-
-
-def _together(ranks: Ranks) -> None:
-    """Wait for this rank's device, and for the other ranks."""
-    if ranks.device.type == "cuda":
-        torch.cuda.synchronize(ranks.device)
-    if ranks.world_size > 1:
-        dist.barrier()
 
 
 def _distance(a: nn.Module, b: nn.Module) -> float:
@@ -241,54 +229,12 @@ def beside_the_model(learner: Learner, phase: schedule.Phase, journal: Journal) 
     }
     for name, thing in things.items():
         thing(0)
-        _together(ranks)
+        together(ranks)
         started = time.perf_counter()
         for step in range(_REPEATS):
             thing(step)
-        _together(ranks)
+        together(ranks)
         yield name, (time.perf_counter() - started) / _REPEATS
-
-
-# ---- The processes
-
-
-def on_ranks(world_size: int, options: OverheadOptions, samples: Samples) -> Turns:
-    """`take_turns` on so many processes; what the first of them measured."""
-    with tempfile.TemporaryDirectory(prefix="onewarp-overhead-") as folder:
-        if world_size == 1:
-            with _threads(options.threads):
-                return take_turns(options, samples, Ranks(), Path(folder))
-        mp.spawn(_rank, args=(world_size, options, samples, Path(folder)), nprocs=world_size)
-        return Turns(**json.loads(Path(folder, "turns.json").read_text()))
-
-
-def _rank(rank: int, world_size: int, options: OverheadOptions, samples: Samples, folder: Path) -> None:
-    torch.set_num_threads(max(1, options.threads // world_size))
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(rank)
-    else:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group(
-        "nccl" if cuda else "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world_size
-    )
-    try:
-        ranks = Ranks(rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size)
-        turns = take_turns(options, samples, ranks, folder)
-        if rank == 0:
-            Path(folder, "turns.json").write_text(json.dumps(vars(turns)))
-    finally:
-        dist.destroy_process_group()
-
-
-@contextmanager
-def _threads(count: int) -> Generator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # ---- A real training
@@ -355,12 +301,12 @@ def main(options: OverheadOptions) -> Record:
         if gpus and world_size > gpus:
             skipped[row] = f"there is {gpus} GPU"
             continue
-        figures += _figures(row, on_ranks(world_size, options, samples))
+        figures += _figures(row, on_ranks(world_size, threads, partial(take_turns, options, samples)))
     figures += waiting(options)
 
     record = Record(
         title=f"What the trainer costs, {options.model}, {options.size} px, global batch {options.batch}",
-        module="benchmarks.overhead",
+        name="overhead",
         options=options,
         figures=figures,
         skipped=skipped,
@@ -386,7 +332,3 @@ def _figures(row: str, turns: Turns) -> Iterator[Figure]:
     everything, whole = f"{row}: all of that", sum(turns.parts.values())
     yield Figure(row=everything, column=COST, samples=[whole])
     yield Figure(row=everything, column="of a bare step, %", samples=[1e-4 * whole / statistics.median(bare)])
-
-
-if __name__ == "__main__":
-    main(tyro.cli(OverheadOptions, prog="python -m benchmarks.overhead", description=__doc__))

@@ -1,6 +1,6 @@
 """End to end against fastai: the same photographs, the same body, the same epochs; the error, and the time it took.
 
-    python -m benchmarks.photographs --data DIR [--seeds 0 1 2] [--json FILE]
+    onewarp bench photographs --data DIR [--seeds 0 1 2] [--json FILE]
 
 Ours is the command `onewarp train`, fastai's side is `benchmarks.fastai_run`, chapter 5 of its book. Each training is a
 process of its own, timed from its start to its end, imports, scan, range test, plots and all; ours begins with an empty
@@ -23,8 +23,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-
-import tyro
 
 from benchmarks.record import Figure, Options, Record
 from pipelines.errors import UserError
@@ -198,7 +196,7 @@ def main(options: PhotographOptions) -> Record:
 
     record = Record(
         title=f"Photographs end to end, {options.model}, {options.size} px, fine_tune({options.epochs})",
-        module="benchmarks.photographs",
+        name="photographs",
         options=options,
         figures=list(figures(runs)),
         skipped=skipped,
@@ -231,7 +229,3 @@ def figures(runs: dict[str, list[Run]]) -> Iterator[Figure]:
         yield Figure(row=way, column=RANGE_TEST, samples=[run.lr_find_seconds for run in of_way])
         yield Figure(row=way, column=TRAINING, samples=[run.train_seconds for run in of_way])
         yield Figure(row=way, column=RATE, samples=[run.lr for run in of_way])
-
-
-if __name__ == "__main__":
-    main(tyro.cli(PhotographOptions, prog="python -m benchmarks.photographs", description=__doc__))

@@ -1,6 +1,6 @@
 """How near to an ideal picture each way of augmenting comes, under the same random parameters.
 
-    python -m benchmarks.pixels --data DIR [--megapixels 12] [--json FILE]
+    onewarp bench pixels --data DIR [--megapixels 12] [--json FILE]
 
 The ideal (`benchmarks.oracle`) is the mean of 36 or more bicubic samples over the area of each output pixel, read from
 the decoded photograph through the same homography. Ours is what the `Loader` gives, light off. With `--megapixels` the
@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from PIL import Image
 
 from benchmarks import oracle
@@ -315,7 +314,7 @@ def main(options: PixelOptions) -> Record:
     record = Record(
         title=f"Pixels against a supersampled ideal, {options.size} px"
         + (f", sources of {options.megapixels:g} megapixels" if options.megapixels else ""),
-        module="benchmarks.pixels",
+        name="pixels",
         options=options,
         figures=figures,
         skipped=skipped,
@@ -329,7 +328,3 @@ def main(options: PixelOptions) -> Record:
     )
     record.publish()
     return record
-
-
-if __name__ == "__main__":
-    main(tyro.cli(PixelOptions, prog="python -m benchmarks.pixels", description=__doc__))

@@ -90,12 +90,28 @@ def median_interval(samples: Sequence[float]) -> tuple[float, float, float]:
 
 
 def mean_interval(samples: Sequence[float]) -> tuple[float, float, float]:
-    """(low, high, 95): the mean ± 1.96 standard errors; a single sample is its own interval, and covers nothing."""
+    """(low, high, 95): Student's interval; a single sample is its own, and covers nothing."""
     mean, n = statistics.fmean(samples), len(samples)
     if n == 1:
         return mean, mean, 0.0
-    error = 1.96 * statistics.stdev(samples) / math.sqrt(n)
+    error = student(n - 1) * statistics.stdev(samples) / math.sqrt(n)
     return mean - error, mean + error, 95.0
+
+
+def student(freedom: int) -> float:
+    """The 0.975 quantile of Student's t distribution with so many degrees of freedom, to 0.2% or better.
+
+    The first are of tables, the others Cornish and Fisher's expansion about the normal quantile z (Abramowitz & Stegun,
+    26.7.5).
+    """
+    if freedom <= len(_STUDENT):
+        return _STUDENT[freedom - 1]
+    z = statistics.NormalDist().inv_cdf(0.975)
+    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
+
+
+_STUDENT = (12.706, 4.303, 3.182, 2.776)
 
 
 def short(value: float) -> str:
@@ -113,8 +129,8 @@ class Record:
     """A benchmark's outcome."""
 
     title: str
-    module: str
-    """The benchmark's name, as `python -m` takes it."""
+    name: str
+    """The benchmark's, as `onewarp bench` takes it."""
     options: Options
     figures: list[Figure]
     skipped: dict[str, str]
@@ -132,7 +148,7 @@ class Record:
     @property
     def command(self) -> str:
         """The command line that asks for the same again."""
-        words = ["python", "-m", self.module]
+        words = ["onewarp", "bench", self.name]
         for field in fields(self.options):
             value = getattr(self._asked, field.name)
             if field.name != "json" and value != field.default:
@@ -190,7 +206,7 @@ class Record:
 
 def _figure(figure: Figure) -> dict[str, Any]:
     low, high, coverage = figure.interval
-    method = "order statistics" if figure.centre == "median" else "normal approximation"
+    method = "order statistics" if figure.centre == "median" else "Student's t"
     return {
         "row": figure.row,
         "column": figure.column,

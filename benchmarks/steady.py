@@ -1,6 +1,6 @@
 """What must hold however long a run is and however large the data: memory, the start of an epoch, scan, and the plan.
 
-    python -m benchmarks.steady --data DIR [--json FILE]
+    onewarp bench steady --data DIR [--json FILE]
 
 Memory is what the kernel says is resident (`/proc/self/statm`), before and after `--steps` steps that follow
 `--warm-up`, over as many epochs as that takes; "not freed" is the same with what glibc keeps given back both times, and
@@ -21,8 +21,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-
-import tyro
 
 from benchmarks import peers
 from benchmarks.record import Figure, Options, Record, open_data
@@ -188,7 +186,7 @@ def main(options: SteadyOptions) -> Record:
     manifest = open_data(options)
     record = Record(
         title=f"What should not grow, {options.threads} threads",
-        module="benchmarks.steady",
+        name="steady",
         options=options,
         figures=[
             *planning(options),
@@ -201,7 +199,3 @@ def main(options: SteadyOptions) -> Record:
     )
     record.publish()
     return record
-
-
-if __name__ == "__main__":
-    main(tyro.cli(SteadyOptions, prog="python -m benchmarks.steady", description=__doc__))

@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from cluster import bench
 from cluster.apply import evaluate, predict
 from cluster.doctor import doctor
 from cluster.look import show_batch, summarise
@@ -46,6 +47,9 @@ def find_rate(config: Flags) -> None:
 def main() -> None:
     """Entry point: a user's mistake is one paragraph and exit code 2, Ctrl-C is 130."""
     try:
+        if sys.argv[1:2] == ["bench"]:
+            bench.main(sys.argv[2:])
+            return
         tyro.extras.subcommand_cli_from_dict(
             {
                 "train": train,
@@ -57,6 +61,7 @@ def main() -> None:
                 "show-batch": show_batch,
                 "summary": summarise,
                 "doctor": doctor,
+                "bench": bench.bench,
             },
             prog="onewarp",
             description="Distributed training of image classifiers: one warp an image, every rank fed.",

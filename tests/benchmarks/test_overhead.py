@@ -1,9 +1,12 @@
 """The trainer beside a bare loop: the comparison is of the same learning, and its figures are what was measured."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 from benchmarks import overhead
+from benchmarks.spawned import on_ranks
 from pipelines import scan
 from trainer import weights
 
@@ -14,7 +17,7 @@ OPTIONS = overhead.OverheadOptions(
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_both_loops_learn_the_same(small_set, world):
-    turns = overhead.on_ranks(world, OPTIONS, scan(small_set).train)
+    turns = on_ranks(world, 1, partial(overhead.take_turns, OPTIONS, scan(small_set).train))
     assert turns.apart < 1e-3  # of the way from the first weights; `plain` has no dropout, which they draw differently
     assert len(turns.ours) == len(turns.bare) == 2
     assert all(value > 0 for pair in (*turns.ours, *turns.bare) for value in pair)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from benchmarks.record import Figure, Options, Record, mean_interval, median_interval
+from benchmarks.record import Figure, Options, Record, mean_interval, median_interval, student
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_the_interval_of_a_median_covers_it_as_often_as_it_says():
 def test_the_interval_of_a_mean():
     low, high, coverage = mean_interval([1.0, 2.0, 3.0, 4.0])
     assert (low + high) / 2 == 2.5 and coverage == 95
-    assert high - low == pytest.approx(2 * 1.96 * 1.2909944 / 2)
+    assert high - low == pytest.approx(2 * 3.182 * 1.2909944 / 2)
     assert mean_interval([7.0]) == (7.0, 7.0, 0.0)
     assert median_interval([7.0]) == (7.0, 7.0, 0.0)
 
@@ -49,7 +49,7 @@ class SomeOptions(Options):
 def record(tmp_path):
     return Record(
         title="Two ways",
-        module="benchmarks.some",
+        name="some",
         options=SomeOptions(
             data="my photographs", quick=True, warm_up=5, seeds=(3, 4), json=tmp_path / "new" / "some.json"
         ),
@@ -65,7 +65,7 @@ def record(tmp_path):
 def test_a_record_holds_every_sample_and_how_to_ask_again(record, capsys):
     record.publish()
     written = json.loads(record.options.json.read_text())
-    assert written["command"] == "python -m benchmarks.some --data 'my photographs' --quick --warm-up 5 --seeds 3 4"
+    assert written["command"] == "onewarp bench some --data 'my photographs' --quick --warm-up 5 --seeds 3 4"
     assert written["config"] == {
         "data": "my photographs",
         "threads": 2,
@@ -77,7 +77,7 @@ def test_a_record_holds_every_sample_and_how_to_ask_again(record, capsys):
     ours, _, mean = written["figures"]
     assert ours["samples"] == [900, 1000, 1100] and ours["n"] == 3
     assert ours["median"] == 1000 and ours["interval"] == [900, 1100] and ours["coverage_percent"] == 75
-    assert mean["mean"] == 31 and mean["method"] == "normal approximation"
+    assert mean["mean"] == 31 and mean["method"] == "Student's t"
     assert written["skipped"] == {"another": "not installed: another"}
     assert {"cpu", "cores", "python", "versions", "commit"} <= set(written["environment"])
     assert {"torch", "nvidia-dali-cuda130"} <= set(written["environment"]["versions"])
@@ -90,6 +90,12 @@ def test_the_table_has_a_cell_for_each_figure(record):
     lines = record.markdown().splitlines()
     assert "| | img/s | dB |" in lines
     assert "| ours | 1,000 [900, 1,100] |  |" in lines
-    assert "| theirs | 100 [90, 110] | 31 [29, 33] |" in lines
+    assert "| theirs | 100 [90, 110] | 31 [18.3, 43.7] |" in lines
     assert any(line.startswith("Left out: another (not installed: another)") for line in lines)
     assert any("median of 3 [75% interval]" in line for line in lines)
+
+
+def test_students_quantiles_are_those_of_tables():
+    tables = {1: 12.706, 2: 4.303, 4: 2.776, 5: 2.571, 7: 2.365, 10: 2.228, 30: 2.042, 124: 1.979}
+    for freedom, quantile in tables.items():
+        assert student(freedom) == pytest.approx(quantile, rel=2e-3)
