@@ -29,7 +29,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from benchmarks.pixels import UNLIT, presized
+from benchmarks.interpolation import UNLIT, presized
 from benchmarks.record import Figure, Options, Record, open_data
 from pipelines import Centre, Loader, Samples
 from pipelines.decode import Decoder

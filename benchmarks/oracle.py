@@ -113,6 +113,24 @@ def sharpness(picture_HWC: np.ndarray, ideal_HWC: np.ndarray) -> float:
     return energy(picture_HWC) / energy(ideal_HWC)
 
 
+def spectrum(picture_HWC: np.ndarray) -> np.ndarray:
+    """Power by spatial frequency, the mean over all directions, float64 [F]: entry f is of f cycles across the picture.
+
+    Of the grey picture, windowed (Hann), so that its borders are no edges. F - 1 cycles are Nyquist's, half a cycle a
+    pixel.
+    """
+    size = len(picture_HWC)
+    window_N = np.hanning(size + 2)[1:-1]
+    grey_HW = picture_HWC.astype(np.float64).mean(axis=2)
+    power_HW = np.abs(np.fft.fft2((grey_HW - grey_HW.mean()) * window_N[:, None] * window_N)) ** 2
+    cycles_N = np.fft.fftfreq(size, 1 / size)
+    radius_HW = np.hypot(cycles_N[:, None], cycles_N).round().astype(np.int64)
+    count = size // 2 + 1
+    inside_HW = radius_HW < count
+    sums_F = np.bincount(radius_HW[inside_HW], power_HW[inside_HW], minlength=count)
+    return sums_F / np.bincount(radius_HW[inside_HW], minlength=count)
+
+
 def padding(maps: Sequence[np.ndarray], heights: Sequence[int], widths: Sequence[int], size: int) -> float:
     """Share of output pixels that show padding.
 

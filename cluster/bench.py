@@ -11,16 +11,16 @@ import tyro
 
 from pipelines.errors import UserError
 
-Name = Literal["loaders", "pixels", "overhead", "scaling", "accuracy", "photographs", "steady", "faults"]
+Name = Literal["loaders", "interpolation", "overhead", "scaling", "accuracy", "photographs", "steady", "faults"]
 
 
 def bench(name: tyro.conf.Positional[Name]) -> None:
     """Measure, and write down every sample: `bench NAME`, and `bench NAME --help` for what it asks and how it measures.
 
-    loaders: is it faster than what I have? pixels: is one warp sharper than repeated interpolation? accuracy: does that
-    matter to the model? overhead: what do the trainer and Ray cost? scaling: what do more ranks give? photographs: does
-    it learn as well as fastai, and how much sooner? steady: does a long run stay as fast, in as much memory? faults:
-    does it survive what is killed?
+    loaders: is it faster than what I have? interpolation: is one warp sharper than repeated interpolation? accuracy:
+    does that matter to the model? overhead: what do the trainer and Ray cost? scaling: what do more ranks give?
+    photographs: does it learn as well as fastai, and how much sooner? steady: does a long run stay as fast, in as much
+    memory? faults: does it survive what is killed?
     """
 
 

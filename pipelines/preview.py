@@ -105,7 +105,7 @@ def compare(
     once = loader.pictures(next(loader.epoch(epoch)))[0]
     draws = loader.draws(epoch, np.zeros(1, np.int64))
     repeated, interpolations = repeat(pixels_of(one, 0), draws, size)
-    top, left, side = _liveliest(once)
+    top, left, side = liveliest(once)
     window = np.s_[top : top + side, left : left + side]
     return Comparison(
         once=once,
@@ -150,7 +150,7 @@ def _warp(picture_HWC: np.ndarray, matrix_33: np.ndarray) -> np.ndarray:
     return out_NCHW[0].permute(1, 2, 0).round().clamp(0, 255).byte().numpy()
 
 
-def _liveliest(picture_HWC: np.ndarray) -> tuple[int, int, int]:
+def liveliest(picture_HWC: np.ndarray) -> tuple[int, int, int]:
     """(top, left, side) of the window with the greatest sum of absolute differences between neighbours."""
     side = max(8, len(picture_HWC) // _DETAIL)
     grey_HW = picture_HWC.mean(axis=2)

@@ -6,8 +6,9 @@ import multiprocessing
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from benchmarks import loaders, peers, pixels, steady
+from benchmarks import interpolation, loaders, peers, steady
 from pipelines import scan
 from pipelines.decode import decoded
 from pipelines.geometry import compose
@@ -77,25 +78,42 @@ def test_decoding_alone_reads_each_file_once(small_set):
 
 
 @pytest.fixture(scope="module")
-def pixels_record(small_set):
-    return pixels.main(pixels.PixelOptions(data=str(small_set), quick=True, size=64))
+def interpolation_record(small_set, tmp_path_factory):
+    json_file = tmp_path_factory.mktemp("record") / "interpolation.json"
+    options = {"data": str(small_set), "quick": True, "size": 64, "json": json_file}
+    return interpolation.main(interpolation.InterpolationOptions(**options))
 
 
-def test_pixels_ranks_one_warp_over_repeated_interpolation(pixels_record):
-    psnr, ssim = rows(pixels_record, "PSNR, dB"), rows(pixels_record, "SSIM")
-    assert all(len(figure.samples) == 4 for figure in pixels_record.figures)
-    assert psnr[pixels.OURS].value > 36  # of values from 0 to 255
-    assert psnr[pixels.OURS].value > psnr["repeated interpolation"].value + 3
-    assert ssim[pixels.OURS].value > ssim["repeated interpolation"].value
+def test_interpolation_ranks_one_warp_over_repeated_interpolation(interpolation_record):
+    psnr, ssim = rows(interpolation_record, "PSNR, dB"), rows(interpolation_record, "SSIM")
+    assert all(len(figure.samples) == (2 if "in a row" in figure.row else 4) for figure in interpolation_record.figures)
+    assert psnr[interpolation.OURS].value > 36  # of values from 0 to 255
+    assert psnr[interpolation.OURS].value > psnr["repeated interpolation"].value + 3
+    assert ssim[interpolation.OURS].value > ssim["repeated interpolation"].value
     assert all(value <= 1 for figure in ssim.values() for value in figure.samples)
-    differences = rows(pixels_record, pixels.DIFFERENCE)["repeated interpolation"].samples
-    expected = np.subtract(psnr[pixels.OURS].samples, psnr["repeated interpolation"].samples)
+    differences = rows(interpolation_record, interpolation.DIFFERENCE)["repeated interpolation"].samples
+    expected = np.subtract(psnr[interpolation.OURS].samples, psnr["repeated interpolation"].samples)
     np.testing.assert_allclose(differences, expected)
 
 
-def test_pixels_enlarges_and_compares_with_antialiased_filters(small_set):
-    record = pixels.main(
-        pixels.PixelOptions(data=str(small_set), images=2, size=64, megapixels=0.4),
+def test_interpolation_adds_up_in_a_chain_and_not_in_one_warp(interpolation_record):
+    once, chain, gap = (rows(interpolation_record, column) for column in interpolation.CHAIN)
+    assert [row.split()[0] for row in once] == list("123456")
+    for row, figure in gap.items():
+        np.testing.assert_allclose(figure.samples, np.subtract(once[row].samples, chain[row].samples))
+    values = [figure.value for figure in chain.values()]
+    assert values[0] > values[2] > values[5]  # each transform costs something
+    assert gap["6 transforms in a row"].value > gap["1 transform in a row"].value > 0
+
+
+def test_interpolation_draws_what_it_measured(interpolation_record):
+    with Image.open(interpolation_record.options.json.with_suffix(".png")) as picture:
+        assert min(picture.size) > 500
+
+
+def test_interpolation_enlarges_and_compares_with_antialiased_filters(small_set):
+    record = interpolation.main(
+        interpolation.InterpolationOptions(data=str(small_set), images=2, size=64, megapixels=0.4),
     )
     psnr = rows(record, "PSNR, dB")
     assert {f"Pillow's {name} filter, then one warp" for name in ("bilinear", "bicubic", "lanczos")} < set(psnr)
@@ -103,7 +121,7 @@ def test_pixels_enlarges_and_compares_with_antialiased_filters(small_set):
 
 
 def test_an_enlarged_picture_has_the_size_asked_for_and_goes_away(small_set):
-    with pixels.enlarged(scan(small_set).train, 3, 0.3, seed=0) as samples:
+    with interpolation.enlarged(scan(small_set).train, 3, 0.3, seed=0) as samples:
         assert len(samples) == 3
         assert set(zip(samples.heights_N, samples.widths_N, strict=True)) == {(474, 632)}
         root = samples.root
@@ -113,20 +131,20 @@ def test_an_enlarged_picture_has_the_size_asked_for_and_goes_away(small_set):
 def test_fastai_is_held_against_its_own_ideal(small_set):
     pytest.importorskip("fastai")
     samples = scan(small_set).train
-    loader = Loader(samples, size=96, global_batch=1, augment=pixels.UNLIT)
+    loader = Loader(samples, size=96, global_batch=1, augment=interpolation.UNLIT)
     for position in range(6):
         image_HWC = decoded(str(samples.root / samples.paths[position]))
         draws = loader.draws(0, np.array([position]))
-        outcome = pixels.fastai_presizing(image_HWC, draws, 96)
-        ideal_HWC, _ = pixels.oracle.ideal(image_HWC, outcome.ideal_from_output_33, 96)
-        assert pixels.oracle.psnr(outcome.picture_HWC, ideal_HWC) > 30
+        outcome = interpolation.fastai_presizing(image_HWC, draws, 96)
+        ideal_HWC, _ = interpolation.oracle.ideal(image_HWC, outcome.ideal_from_output_33, 96)
+        assert interpolation.oracle.psnr(outcome.picture_HWC, ideal_HWC) > 30
         # The whole pixels that it moved to are near those of the draw.
         height, width = image_HWC.shape[:2]
         drawn_33 = compose(draws, np.array([height]), np.array([width]), 96)[0]
         corners = np.array([0.0, 96.0])
         moved = np.subtract(
-            pixels.oracle.source_points(outcome.ideal_from_output_33, corners, corners),
-            pixels.oracle.source_points(drawn_33, corners, corners),
+            interpolation.oracle.source_points(outcome.ideal_from_output_33, corners, corners),
+            interpolation.oracle.source_points(drawn_33, corners, corners),
         )
         assert np.abs(moved).max() < 1.5
 

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from benchmarks import oracle
+from benchmarks import chained, oracle
 from pipelines.geometry import square_from_output
 
 SIZE = 48
@@ -137,3 +137,23 @@ def test_padding_is_the_area_read_outside():
     assert oracle.padding([shift_33, back_33], [50, 50], [50, 50], 50) == pytest.approx(0.2)
     assert oracle.padding([shift_33, shift_33], [50, 50], [50, 50], 50) == pytest.approx(0.4)
     assert oracle.padding([shift_33 @ back_33], [50], [50], 50) == 0
+
+
+def test_a_grating_has_its_power_where_its_frequency_is():
+    size, cycles = 64, 12
+    x_N = (np.arange(size) + 0.5) / size
+    grating_HWC = np.broadcast_to(100 * np.cos(2 * np.pi * cycles * x_N)[None, :, None], (size, size, 3)) + 128
+    power_F = oracle.spectrum(grating_HWC)
+    assert len(power_F) == size // 2 + 1
+    assert power_F.argmax() == cycles
+    assert power_F[cycles - 2 : cycles + 3].sum() > 0.99 * power_F.sum()
+    np.testing.assert_allclose(oracle.spectrum(2 * grating_HWC), 4 * power_F)  # and light as such has none
+
+
+def test_one_warp_of_many_transforms_is_that_of_their_product():
+    rng = np.random.default_rng(0)
+    first_33, second_33 = chained.drawn(rng), chained.drawn(rng)
+    corners_32 = np.array([[-1, 1, 1.0], [-1, -1, 1], [1, 1, 1]]).T
+    read_by_turns = first_33 @ (second_33 @ corners_32)
+    np.testing.assert_allclose((first_33 @ second_33) @ corners_32, read_by_turns)
+    assert np.abs(first_33 - np.eye(3)).max() < 0.3  # rotations of 10 degrees and the like

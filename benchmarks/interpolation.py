@@ -1,6 +1,6 @@
 """How near to an ideal picture each way of augmenting comes, under the same random parameters.
 
-    onewarp bench pixels --data DIR [--megapixels 12] [--json FILE]
+    onewarp bench interpolation --data DIR [--megapixels 12] [--json FILE]
 
 The ideal (`benchmarks.oracle`) is the mean of 36 or more bicubic samples over the area of each output pixel, read from
 the decoded photograph through the same homography. Ours is what the `Loader` gives, light off. With `--megapixels` the
@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks import oracle
+from benchmarks import chained, oracle, portrayed
+from benchmarks.chained import once
 from benchmarks.record import Figure, Options, Record, open_data
 from pipelines import Augment, Loader, Samples, scan
 from pipelines.decode import decoded
@@ -34,7 +35,6 @@ from pipelines.geometry import (
     augmentation,
     compose,
     placement,
-    prefilter,
     square_from_output,
     stepwise,
     transforms,
@@ -50,7 +50,7 @@ LOADERS: dict[str, dict[str, Any]] = {OURS: {}, "onewarp: one warp of 2 x 2 poin
 
 
 @dataclass(frozen=True, kw_only=True)
-class PixelOptions(Options):
+class InterpolationOptions(Options):
     """Compare pixels."""
 
     size: int = 224
@@ -139,12 +139,8 @@ def antialiased(resample: Image.Resampling) -> Way:
     def way(image_HWC: np.ndarray, draws: Draws, size: int) -> Outcome:
         height, width = image_HWC.shape[:2]
         matrix_33 = compose(draws, np.array([height]), np.array([width]), size)[0]
-        ((rows, columns),), (shrunk_33,) = prefilter(matrix_33[None], np.array([height]), np.array([width]), size)
-        shrunk_HWC = image_HWC
-        if rows > 0:  # else it is read as it was decoded
-            shrunk_HWC = np.asarray(Image.fromarray(image_HWC).resize((int(columns), int(rows)), resample))
         return Outcome(
-            picture_HWC=oracle.warp(shrunk_HWC, shrunk_33, size),
+            picture_HWC=once(image_HWC, matrix_33, size, resample),
             padding=oracle.padding([matrix_33], [height], [width], size),
         )
 
@@ -210,7 +206,9 @@ def _mosaic(paths: list[Path], height: int, width: int) -> np.ndarray:
     return picture_HWC
 
 
-def loaded(samples: Samples, options: PixelOptions, arguments: dict[str, Any]) -> tuple[dict[int, np.ndarray], float]:
+def loaded(
+    samples: Samples, options: InterpolationOptions, arguments: dict[str, Any]
+) -> tuple[dict[int, np.ndarray], float]:
     """What the Loader makes of each sample, by id, as float64 [size, size, 3], and its core-milliseconds a picture."""
 
     def loader(these: Samples, batch: int) -> Loader:
@@ -237,22 +235,50 @@ def loaded(samples: Samples, options: PixelOptions, arguments: dict[str, Any]) -
     return pictures, 1000 * (time.process_time() - started) / read
 
 
-METRICS = {"PSNR, dB": oracle.psnr, "SSIM": oracle.ssim, "gradient energy ÷ ideal's": oracle.sharpness}
+METRICS = {
+    "PSNR, dB": oracle.psnr,
+    "SSIM": oracle.ssim,
+    "gradient energy ÷ ideal's": oracle.sharpness,
+    "power of the finest detail ÷ ideal's": lambda picture_HWC, ideal_HWC: float(_finest(picture_HWC, ideal_HWC)),
+}
+CHAIN = "one warp, dB", "one by one, dB", "gap, dB"
 DIFFERENCE, PADDED, COST = "ours − this, dB", "padding, % of pixels", "core-ms"
 
 
-def measure(samples: Samples, options: PixelOptions, ways: dict[str, Way]) -> tuple[list[Figure], set[int]]:
+def _finest(picture_HWC: np.ndarray, ideal_HWC: np.ndarray) -> np.floating:
+    """The power of the upper half of all frequencies, 1/4 to 1/2 cycle a pixel, over the ideal's there."""
+    power_F, ideal_F = oracle.spectrum(picture_HWC), oracle.spectrum(ideal_HWC)
+    return power_F[len(power_F) // 2 :].sum() / ideal_F[len(ideal_F) // 2 :].sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What a picture of the outcome is drawn of."""
+
+    example: dict[str, np.ndarray]
+    """The first photograph: the ideal's and each way's picture of it, by name."""
+    spectra: dict[str, np.ndarray]
+    """Of each way, its power over the ideal's by frequency, the mean over all photographs, [F]."""
+
+
+def measure(
+    samples: Samples, options: InterpolationOptions, ways: dict[str, Way]
+) -> tuple[list[Figure], set[int], Seen]:
     """Every way on every sample; the figures, and how many samples along a pixel's side the ideals took."""
     n, size = len(samples), options.size
     loaders = {name: loaded(samples, options, arguments) for name, arguments in LOADERS.items()}
     loader = Loader(samples, size=size, global_batch=1, seed=options.seed, augment=UNLIT)
     cells: dict[tuple[str, str], list[float]] = {}
     per_sides = set()
+    example: dict[str, np.ndarray] = {}
+    powers: dict[str, list[np.ndarray]] = {}
     small_HWC = np.zeros((2 * size, 2 * size, 3), np.uint8)
     for way in ways.values():  # imports and the like are outside the clock
         way(small_HWC, loader.draws(0, np.zeros(1, np.int64)), size)
 
     def note(row: str, outcome: Outcome, ideal_HWC: np.ndarray, cost: float) -> None:
+        example.setdefault(row, outcome.picture_HWC)
+        powers.setdefault(row, []).append(oracle.spectrum(outcome.picture_HWC) / oracle.spectrum(ideal_HWC))
         for column, metric in METRICS.items():
             cells.setdefault((row, column), []).append(metric(outcome.picture_HWC, ideal_HWC))
         psnrs = "PSNR, dB"
@@ -273,6 +299,7 @@ def measure(samples: Samples, options: PixelOptions, ways: dict[str, Way]) -> tu
         matrix_33 = compose(draws, np.array([height]), np.array([width]), size)[0]
         ideal_HWC, per_side = oracle.ideal(image_HWC, matrix_33, size)
         per_sides.add(per_side)
+        example.setdefault("the ideal", ideal_HWC)
         padding = oracle.padding([matrix_33], [height], [width], size)
         for name, (pictures, cost) in loaders.items():
             picture_HWC = pictures[int(samples.ids_N[position])]
@@ -287,10 +314,12 @@ def measure(samples: Samples, options: PixelOptions, ways: dict[str, Way]) -> tu
         Figure(row=row, column=column, samples=samples, centre="mean") for (row, column), samples in cells.items()
     ]
     columns = [*METRICS, DIFFERENCE, PADDED, COST]
-    return sorted(figures, key=lambda figure: columns.index(figure.column)), per_sides
+    spectra = {name: np.mean(power_NF, axis=0) for name, power_NF in powers.items()}
+    ordered = sorted(figures, key=lambda figure: columns.index(figure.column))
+    return ordered, per_sides, Seen(example=example, spectra=spectra)
 
 
-def main(options: PixelOptions) -> Record:
+def main(options: InterpolationOptions) -> Record:
     default = 25 if options.megapixels else 125
     options = replace(options, images=options.images or (4 if options.quick else default))
     torch.set_num_threads(1)  # its threads wait by spinning, which would count as work
@@ -307,24 +336,38 @@ def main(options: PixelOptions) -> Record:
         for filter in (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS):
             ways[f"Pillow's {filter.name.lower()} filter, then one warp"] = antialiased(filter)
         with enlarged(samples, options.images, options.megapixels, options.seed) as large:
-            figures, per_sides = measure(large, options, ways)
+            figures, per_sides, seen = measure(large, options, ways)
     else:
-        figures, per_sides = measure(samples.subset(spread), options, ways)
+        figures, per_sides, seen = measure(samples.subset(spread), options, ways)
+    few = [decoded(os.path.join(samples.root, samples.paths[i])) for i in spread[: 2 if options.quick else 25]]
+    chain: dict[int, list[tuple[float, float]]] = {}
+    for count, ours, theirs in chained.measured(few, options.size, options.seed):
+        chain.setdefault(count, []).append((ours, theirs))
+    for count, pairs in chain.items():
+        row = f"{count} transform{'s' if count > 1 else ''} in a row"
+        for column, decibels in zip(CHAIN, zip(*((a, b, a - b) for a, b in pairs), strict=True), strict=True):
+            figures.append(Figure(row=row, column=column, samples=list(decibels), centre="mean"))
 
     record = Record(
         title=f"Pixels against a supersampled ideal, {options.size} px"
         + (f", sources of {options.megapixels:g} megapixels" if options.megapixels else ""),
-        name="pixels",
+        name="interpolation",
         options=options,
         figures=figures,
         skipped=skipped,
         remarks=(
             f"The ideal is the mean of {min(per_sides)}² to {max(per_sides)}² bicubic samples a pixel.",
             "fastai's crops fall on whole pixels: it is held against an ideal moved likewise.",
+            "Transforms in a row are each a rotation of up to "
+            f"{chained.ANGLE:g}°, a zoom of up to {chained.ZOOM:g} and a tilt of up to {chained.TILT:g} ({len(few)} "
+            "photographs).",
             "Core time is from the file on, decoding included: ours in batches, the others one by one through Pillow "
             "and torch on one thread; benchmarks.loaders compares speed.",
         ),
         packages=() if skipped else ("fastai",),
     )
     record.publish()
+    if options.json is not None:
+        gaps = {count: tuple(np.mean(pairs, axis=0)) for count, pairs in chain.items()}
+        portrayed.draw(options.json.with_suffix(".png"), seen.example, seen.spectra, gaps, options.size)
     return record
