@@ -5,23 +5,39 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Sequence
-from typing import Literal, get_args, get_type_hints
+from typing import get_type_hints
 
 import tyro
+from rich.console import Console
 
 from pipelines.errors import UserError
 
-Name = Literal["loaders", "interpolation", "overhead", "scaling", "accuracy", "photographs", "steady", "faults"]
+QUESTIONS = {
+    "loaders": "is it faster than what I have?",
+    "interpolation": "is one warp sharper than repeated interpolation?",
+    "accuracy": "does that matter to the model?",
+    "overhead": "what do the trainer and Ray cost?",
+    "scaling": "what do more ranks give?",
+    "bottleneck": "what binds a training on these images, here? (Also `onewarp doctor DIR`.)",
+    "photographs": "does it learn as well as fastai, and how much sooner?",
+    "steady": "does a long run stay as fast, in as much memory?",
+    "faults": "does it survive what is killed?",
+}
 
 
-def bench(name: tyro.conf.Positional[Name]) -> None:
-    """Measure, and write down every sample: `bench NAME`, and `bench NAME --help` for what it asks and how it measures.
+def bench(name: tyro.conf.Positional[str]) -> None:  # what `onewarp --help` tells of it
+    pass
 
-    loaders: is it faster than what I have? interpolation: is one warp sharper than repeated interpolation? accuracy:
-    does that matter to the model? overhead: what do the trainer and Ray cost? scaling: what do more ranks give?
-    photographs: does it learn as well as fastai, and how much sooner? steady: does a long run stay as fast, in as much
-    memory? faults: does it survive what is killed?
-    """
+
+_SAID = "Measure, and write down every sample"
+bench.__doc__ = f"{_SAID}: `bench NAME`, of {', '.join(QUESTIONS)}."
+
+
+def measure(name: str, flags: Sequence[str], prog: str) -> None:
+    """Run a benchmark with these flags of its own."""
+    module = importlib.import_module(f"benchmarks.{name}")
+    options = get_type_hints(module.main)["options"]
+    module.main(tyro.cli(options, args=flags, prog=prog, description=module.__doc__))
 
 
 def main(words: Sequence[str]) -> None:
@@ -30,16 +46,16 @@ def main(words: Sequence[str]) -> None:
     Raises:
         UserError: there is no such benchmark.
     """
-    names = get_args(Name)
     if not words or words[0] in ("-h", "--help"):
-        tyro.cli(bench, args=["--help"], prog="onewarp bench")
+        lines = (f"  {name:14s} {question}" for name, question in QUESTIONS.items())
+        usage = (
+            "usage: onewarp bench NAME [--data DIR] [--quick] [--json FILE]; `bench NAME --help` says how it measures"
+        )
+        Console().print(f"{usage}\n\n{_SAID}.\n\n", "\n".join(lines), sep="", markup=False, highlight=False)
+        return
     name, *flags = words
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
+    if name not in QUESTIONS:
+        near = difflib.get_close_matches(name, QUESTIONS, n=1)
         meant = f"Did you mean {near[0]}? " if near else ""
-        raise UserError(f"onewarp bench {name}: there is no such benchmark. {meant}There are {', '.join(names)}.")
-    module = importlib.import_module(f"benchmarks.{name}")
-    options = tyro.cli(
-        get_type_hints(module.main)["options"], args=flags, prog=f"onewarp bench {name}", description=module.__doc__
-    )
-    module.main(options)
+        raise UserError(f"onewarp bench {name}: there is no such benchmark. {meant}There are {', '.join(QUESTIONS)}.")
+    measure(name, flags, f"onewarp bench {name}")

@@ -50,6 +50,9 @@ def main() -> None:
         if sys.argv[1:2] == ["bench"]:
             bench.main(sys.argv[2:])
             return
+        if sys.argv[1:2] == ["doctor"] and not "".join(sys.argv[2:3]).startswith("-") and sys.argv[2:]:
+            bench.measure("bottleneck", ["--data", *sys.argv[2:]], "onewarp doctor")
+            return
         tyro.extras.subcommand_cli_from_dict(
             {
                 "train": train,

@@ -38,11 +38,18 @@ class DoctorConfig:
 
     def __post_init__(self) -> None:
         if not self.cluster:
-            raise UserError("doctor looks at clusters: give it --cluster.")
+            raise UserError(
+                "doctor wants a folder of images, to say what binds a training on it here: onewarp doctor DIR; or "
+                "--cluster, to look at every machine of a cluster."
+            )
 
 
 def doctor(config: tyro.conf.OmitArgPrefixes[DoctorConfig]) -> None:
-    """Say whether a training can run on every machine of a cluster, and what to mend where it cannot."""
+    """Say what is slow or wrong, and what to do: `doctor DIR` for a training here, `doctor --cluster` for a cluster.
+
+    With a folder of images it measures what binds a training on them, reading or computing, and tries which switch
+    helps. With --cluster it says whether a training can run on every machine, and what to mend where it cannot.
+    """
     address = config.address or os.environ.get("RAY_ADDRESS")
     data = config.data and absolute(config.data)
     console = Console()
