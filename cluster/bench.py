@@ -48,9 +48,7 @@ def main(words: Sequence[str]) -> None:
     """
     if not words or words[0] in ("-h", "--help"):
         lines = (f"  {name:14s} {question}" for name, question in QUESTIONS.items())
-        usage = (
-            "usage: onewarp bench NAME [--data DIR] [--quick] [--json FILE]; `bench NAME --help` says how it measures"
-        )
+        usage = "usage: onewarp bench NAME [--data DIR] [--quick] [--json FILE], or NAME --help for how it measures"
         Console().print(f"{usage}\n\n{_SAID}.\n\n", "\n".join(lines), sep="", markup=False, highlight=False)
         return
     name, *flags = words
