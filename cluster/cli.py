@@ -13,6 +13,7 @@ from cluster.apply import evaluate, predict
 from cluster.doctor import doctor
 from cluster.look import show_batch, summarise
 from cluster.pack import pack
+from cluster.report import report
 from cluster.scan import scan
 from pipelines.errors import UserError
 from trainer.config import TrainConfig
@@ -63,6 +64,7 @@ def main() -> None:
                 "pack": pack,
                 "show-batch": show_batch,
                 "summary": summarise,
+                "report": report,
                 "doctor": doctor,
                 "bench": bench.bench,
             },

@@ -8,7 +8,7 @@ import shlex
 import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from pipelines.errors import UserError
-from trainer import journal, memory
+from trainer import journal, memory, report
 from trainer.config import Goal, TrainConfig, flat
 from trainer.progress import Progress
 from trainer.run_folder import RunFolder, absolute, new_name
@@ -63,6 +63,8 @@ def fine_tune(config: TrainConfig, console: Console | None = None) -> Result:
     started = time.time()
     events, folder, manifest = _carry_out(config, "train", console or Console())
     finished = next(event for event in reversed(events) if event["event"] == "finished")
+    with suppress(UserError):  # a full storage; the run is what matters
+        report.write(folder)
     return Result(
         error_rate=finished["error_rate"],
         valid_loss=finished["valid_loss"],
@@ -188,6 +190,7 @@ def summary(result: Result, config: TrainConfig, console: Console) -> None:
         for actual, predicted, count in result.most_confused:
             say(f"  {count:4d}  {actual} → {predicted}")
     say(f"run         {result.folder}")
+    say(f"report      {RunFolder(result.folder).report}")
     say("            " + ", ".join(sorted(p.name for p in result.folder.iterdir() if not p.name.startswith("."))))
     say("go on with  " + shlex.join(_continuing(result, config)))
 

@@ -66,6 +66,11 @@ class RunFolder:
         return self.path / "best.safetensors"
 
     @property
+    def report(self) -> Path:
+        """The page to show."""
+        return self.path / "report.html"
+
+    @property
     def stop(self) -> Path:
         """Asks the workers, once there is something in it, to write a checkpoint and to end."""
         return self.path / "stop"

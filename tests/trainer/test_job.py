@@ -44,6 +44,7 @@ def test_a_job_leaves_everything_it_promises(small_set, tmp_path, quiet):
         "config.json",
         "journal.jsonl",
         "manifest.parquet",
+        "report.html",
         "model.safetensors",
         "best.safetensors",
         "checkpoints",
