@@ -15,6 +15,7 @@ from cluster.look import show_batch, summarise
 from cluster.pack import pack
 from cluster.report import report
 from cluster.scan import scan
+from cluster.sync import wandb_sync
 from pipelines.errors import UserError
 from trainer.config import TrainConfig
 from trainer.stopping import StoppedError
@@ -65,6 +66,7 @@ def main() -> None:
                 "show-batch": show_batch,
                 "summary": summarise,
                 "report": report,
+                "wandb-sync": wandb_sync,
                 "doctor": doctor,
                 "bench": bench.bench,
             },

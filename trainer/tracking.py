@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pipelines.errors import UserError
 from trainer import journal
 from trainer.run_folder import RunFolder
 
@@ -203,3 +204,18 @@ def _resolve(mode: TrackingMode) -> Literal["online", "offline", "disabled"]:
     if mode == "online":
         raise RuntimeError("no API key was found: run `wandb login`, or track offline")
     return "offline"
+
+
+def replay(folder: RunFolder, mode: TrackingMode, warnings: Callable[[str], None]) -> None:
+    """Track a run that is over, or goes on, from its journal: what the server has already is not sent again.
+
+    Raises:
+        UserError: there is no run.
+    """
+    events = journal.read(folder.journal)
+    if not any(event["event"] == "run" for event in events):
+        raise UserError(f"{folder.path} holds no run that has begun. Name a folder under runs/.")
+    tracker = Tracker(folder.path, mode, warnings=warnings)
+    for event in itertools.dropwhile(lambda event: event["event"] != "run", events):
+        tracker.on(event)
+    tracker.close()

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from trainer.tracking import Tracker
+from pipelines.errors import UserError
+from trainer.run_folder import RunFolder
+from trainer.tracking import Tracker, replay
 
 ROOT = Path(__file__).parents[2]
 KEY = "0123456789abcdef" * 3
@@ -108,12 +110,7 @@ def track(tmp_path, mode, before="", after="", **environ):
     folder = tmp_path / "run"
     folder.mkdir(exist_ok=True)
     code = f"""
-import importlib.machinery, importlib.util, pathlib, sys
-# The packages without what they re-export: torch and DALI take seconds, and tracking needs neither.
-for name in ("pipelines", "trainer"):
-    spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
-    spec.submodule_search_locations = [{str(ROOT)!r} + "/" + name]
-    sys.modules[name] = importlib.util.module_from_spec(spec)
+import pathlib
 from tests.trainer.test_tracking import journal
 import trainer.tracking as tracking
 {before}
@@ -216,6 +213,24 @@ def test_a_restart_goes_on_under_the_same_id_and_place(tracked, skipped):
     (run,) = [record.run for record in second if record.WhichOneof("record_type") == "run"]
     started = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert (started | last(second, "config"))["seed"] == 4
+
+
+def test_a_replay_is_what_the_run_was_live(tracked, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    for name in ("lr_find", "confusion"):
+        Image.new("RGB", (8, 8)).save(other / f"{name}.png")
+    (other / "journal.jsonl").write_text("".join(json.dumps(item) + "\n" for item in journal()))
+    replay(RunFolder(other), "offline", pytest.fail)
+    (live,), (replayed,) = finished(tracked), finished(other)
+
+    def told(log):
+        kept = [{key: value for key, value in row.items() if key != "_runtime"} for row in rows(log)]
+        return [{key: row[key] for key in row if not key.endswith(("path", "_timestamp"))} for row in kept]
+
+    assert told(live) == told(replayed) and len(told(live)) == 3 + 4 + 1 + 1
+    assert last(live, "summary").keys() == last(replayed, "summary").keys()
+    with pytest.raises(UserError, match="holds no run that has begun"):
+        replay(RunFolder(other / "none"), "offline", pytest.fail)
 
 
 def test_a_run_that_failed_ends_as_failed(tmp_path):
