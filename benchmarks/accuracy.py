@@ -288,6 +288,8 @@ def main(options: AccuracyOptions) -> Record:
             f"{len(train):,} images to train, {len(manifest.valid):,} to validate; seeds "
             f"{', '.join(map(str, options.seeds))}. A difference is of two trainings with one seed, its interval "
             "Student's.",
+            "Presizing and the chain cut the square first, and mirror what one warp still reads beyond it: so some "
+            "pixels at borders differ too.",
             "Whether an interval of differences holds 0 is whether the ways can be told apart by so many seeds.",
         ),
         packages=() if skipped else ("opencv-python-headless",),

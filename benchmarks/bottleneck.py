@@ -16,10 +16,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.overhead import InMemory
@@ -39,6 +41,9 @@ STORAGE, READING, MODEL, BOTH = "reading files, not cached", "the loader alone",
 WAITING = "both together: waiting for images, %"
 COPY = "copying images to the GPU"
 HELPS = 1.05  # what is faster by less is no help
+FIRST = 3  # steps of an epoch that do not count
+FEWEST = 4  # steps that are counted, at least
+SOME = 1000  # images on which stores are tried
 _RATE = 1e-4
 
 
@@ -99,18 +104,22 @@ def reading(setting: Setting, options: DoctorOptions) -> float:
 
 
 def storage(samples: Samples, options: DoctorOptions) -> float | None:
-    """Files a second that the storage gives, none of them from the kernel's cache; `None` of a store."""
+    """Files a second that the storage gives to as many threads, none from the kernel's cache; `None` of a store."""
     if samples.store is not None:
         return None
     paths = itertools.cycle(os.path.join(samples.root, path) for path in samples.paths)
 
-    def one() -> int:
-        with open(next(paths), "rb") as file:
+    def one(path: str) -> None:
+        with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             file.read()
-        return 1
 
-    return _rate(one, options.seconds / 3)
+    with ThreadPoolExecutor(options.threads) as pool:
+
+        def some() -> int:
+            return len(list(pool.map(one, itertools.islice(paths, 32 * options.threads))))
+
+        return _rate(some, options.seconds / 3)
 
 
 def copying(setting: Setting, options: DoctorOptions) -> float | None:
@@ -160,24 +169,34 @@ class Training:
     def speed(self, *, loaded: bool) -> tuple[float, float]:
         """Images a second, and the share of time spent waiting for them; on batches in memory, or `loaded` ones.
 
-        The first steps, in which queues fill and kernels are chosen, do not count.
+        The first steps of an epoch, in which queues fill and kernels are chosen, do not count.
         """
-        epoch = next(self._epochs)
-        file = self._folder / f"{epoch}.jsonl"
-        journal = Journal(file)
-        steps = self._loader.steps if loaded else 10**6
-        batches: Any = self._loader if loaded else InMemory(self._loader, steps)
-        started = time.perf_counter()
-        position = Position(epoch=epoch, base_lr=_RATE)
-        for _ in train_epoch(self._learner, batches, self._phase, position, seed=0, journal=journal):
-            if time.perf_counter() - started > self._options.seconds:
+        images, took, waited = 0, 0.0, 0.0
+        began = time.perf_counter()
+        while took < self._options.seconds:
+            epoch = next(self._epochs)
+            file = self._folder / f"{epoch}.jsonl"
+            journal = Journal(file)
+            steps = self._loader.steps if loaded else FIRST + 1000
+            batches: Any = self._loader if loaded else InMemory(self._loader, steps)
+            start = Position(epoch=epoch, base_lr=_RATE)
+            counted: tuple[float, int] | None = None
+            for position in train_epoch(self._learner, batches, self._phase, start, seed=0, journal=journal):
+                now = time.perf_counter()
+                if counted is None:
+                    counted = (now, position.step) if position.step >= FIRST else None
+                    continue
+                images += self._setting.batch * (position.step - counted[1])
+                took += now - counted[0]
+                counted = (now, position.step)
+                if took > self._options.seconds and images >= FEWEST * self._setting.batch:
+                    break
+            journal.close()
+            told = [event for event in read(file) if event["event"] == "step"][FIRST:]
+            waited += sum(event["data_wait"] * self._setting.batch / event["images_per_second"] for event in told)
+            if not images and time.perf_counter() - began > 20 * self._options.seconds:
                 break
-        journal.close()
-        told = [event for event in read(file) if event["event"] == "step"]
-        counted = told[min(3, len(told) - 1) :]
-        seconds = [self._setting.batch / event["images_per_second"] for event in counted]
-        waited = [event["data_wait"] * took for event, took in zip(counted, seconds, strict=True)]
-        return self._setting.batch / statistics.fmean(seconds), sum(waited) / sum(seconds)
+        return images / max(took, 1e-9), waited / max(took, 1e-9)
 
 
 def main(options: DoctorOptions) -> Record:
@@ -185,17 +204,21 @@ def main(options: DoctorOptions) -> Record:
     if options.quick:
         tiny = {"model": "test_efficientnet", "size": 32, "batch": 8, "rounds": 1, "seconds": 0.3}
         options = replace(options, **tiny)
-    if len(manifest.train) < options.batch:
-        raise UserError(f"--batch {options.batch} is larger than the {len(manifest.train)} images. Choose a smaller.")
+    least = (FIRST + 2) * options.batch
+    if len(manifest.train) < least:
+        raise UserError(
+            f"--batch {options.batch} gives {len(manifest.train)} images too few steps to measure. Choose "
+            f"--batch {max(2, len(manifest.train) // (FIRST + 2))} or less."
+        )
     setting = Setting(samples=manifest.train, batch=options.batch, threads=options.threads)
     with tempfile.TemporaryDirectory(prefix="onewarp-doctor-") as scratch:
-        figures, words = examine(manifest, setting, options, Path(scratch))
+        figures, words, skipped = examine(manifest, setting, options, Path(scratch))
     record = Record(
         title=f"What binds: {options.model}, {options.size} px, batches of {options.batch}",
         name="bottleneck",
         options=options,
         figures=figures,
-        skipped={},
+        skipped=skipped,
         remarks=words,
     )
     record.publish()
@@ -204,8 +227,8 @@ def main(options: DoctorOptions) -> Record:
 
 def examine(
     manifest: Manifest, setting: Setting, options: DoctorOptions, scratch: Path
-) -> tuple[list[Figure], tuple[str, ...]]:
-    """All figures, and what they say."""
+) -> tuple[list[Figure], tuple[str, ...], dict[str, str]]:
+    """All figures, what they say, and what could not be tried."""
     told: dict[str, list[float]] = {}
     training = Training(setting, options, scratch)
     for _ in range(options.rounds):
@@ -223,29 +246,36 @@ def examine(
     figures = [
         Figure(row=name, column="" if name == WAITING else SPEED, samples=samples) for name, samples in told.items()
     ]
-    middle = {name: statistics.median(samples) for name, samples in told.items()}
-    bound, words = verdict(middle)
-    gains = dict(_tried(bound, manifest, setting, options, scratch, middle))
-    for name, samples in gains.items():
-        figures.append(Figure(row=name, column=GAIN, samples=samples))
-    return figures, (words, advice(bound, {name: statistics.median(samples) for name, samples in gains.items()}))
+    bound, words = verdict({name: statistics.median(samples) for name, samples in told.items()})
+    skipped: dict[str, str] = {}
+    gains = {name: gain(*both, options) for name, both in _tried(bound, manifest, setting, options, scratch, skipped)}
+    figures += [Figure(row=name, column=GAIN, samples=samples) for name, samples in gains.items()]
+    middle = {name: statistics.median(samples) for name, samples in gains.items()}
+    return figures, (words, advice(bound, middle)), skipped
 
 
 def verdict(speeds: dict[str, float]) -> tuple[str, str]:
-    """What binds, by images a second: `READING`, `STORAGE`, `COPY` or `MODEL`; and that in a sentence."""
-    bound = min((name for name in (MODEL, READING, STORAGE, COPY) if name in speeds), key=lambda name: speeds[name])
-    waits = f"the model waits for images {speeds[WAITING]:.1f}% of the time"
-    if bound == MODEL:
-        left = speeds[READING] / speeds[MODEL]
-        return bound, f"Computing binds: the loader could feed {left:.1f} times as much, and {waits}."
+    """What binds, by images a second: `READING`, `STORAGE`, `COPY` or `MODEL`; and that in a sentence.
+
+    The loader shares the cores with the model, so what each does alone does not decide: what both do together does.
+    """
+    whole, both = speeds[MODEL], speeds[BOTH]
+    waits = f"it waits for images {speeds[WAITING]:.1f}% of the time"
+    if both * HELPS >= whole:
+        return MODEL, f"Computing binds: {both:,.0f} images/s, {whole:,.0f} on images that lie in memory, and {waits}."
+    ways = [name for name in (STORAGE, COPY) if name in speeds and speeds[name] < HELPS * speeds[READING]]
+    bound = min(ways, key=lambda name: speeds[name], default=READING)
     what = {READING: "Decoding", STORAGE: "The storage", COPY: "The copy to the GPU"}[bound]
-    return bound, f"{what} binds: {speeds[bound]:,.0f} images/s, of {speeds[MODEL]:,.0f} that compute, and {waits}."
+    return bound, (
+        f"{what} binds: {both:,.0f} images/s, {whole:,.0f} on images that lie in memory, and {waits}; alone it gives "
+        f"{speeds[bound]:,.0f}."
+    )
 
 
 def advice(bound: str, gains: dict[str, float]) -> str:
     """Which of the switches that were tried to use first."""
     helps = {name: gain for name, gain in gains.items() if gain >= HELPS}
-    tried = ", ".join(gains)
+    tried = ", ".join(gains) or "nothing"
     if helps:
         best = max(helps, key=lambda name: helps[name])
         return f"Try first: {best} ({helps[best]:.2f} times as fast here). Tried: {tried}."
@@ -253,29 +283,54 @@ def advice(bound: str, gains: dict[str, float]) -> str:
     return f"None of these is faster by 5%: {tried}. What is left: {more}."
 
 
+def gain(without: Training, with_it: Training, options: DoctorOptions) -> list[float]:
+    """How much faster a training is with a switch, of each round; the two take turns."""
+    pairs = [(without.speed(loaded=True)[0], with_it.speed(loaded=True)[0]) for _ in range(options.rounds)]
+    return [fast / slow for slow, fast in pairs]
+
+
 def _tried(
-    bound: str, manifest: Manifest, setting: Setting, options: DoctorOptions, scratch: Path, middle: dict[str, float]
-) -> Iterator[tuple[str, list[float]]]:
-    """Each switch that could help what binds: its name, and how much faster that is with it."""
+    bound: str, manifest: Manifest, setting: Setting, options: DoctorOptions, scratch: Path, skipped: dict[str, str]
+) -> Iterator[tuple[str, tuple[Training, Training]]]:
+    """Each switch that could help what binds: its name, and a training without and one with it."""
+    numbers = itertools.count()
+
+    def training(setting: Setting) -> Training:
+        folder = scratch / f"switch{next(numbers)}"
+        folder.mkdir()
+        return Training(setting, options, folder)
+
     cores = len(os.sched_getaffinity(0))
-    if bound == MODEL:
-        others = {"--precision bf16": replace(setting, precision="bf16")}
-        if 2 * setting.batch <= len(setting.samples):
-            others[f"--batch {2 * setting.batch}"] = replace(setting, batch=2 * setting.batch)
-        if setting.threads < cores:
-            others[f"--threads {cores}"] = replace(setting, threads=cores)
-        for number, (name, other) in enumerate(others.items()):
-            folder = scratch / f"switch{number}"
-            folder.mkdir()
-            tried = Training(other, options, folder)
-            with_it = [tried.speed(loaded=False)[0] for _ in range(options.rounds)]
-            yield name, [speed / middle[MODEL] for speed in with_it]
-        torch.set_num_threads(setting.threads)
-        return
-    if setting.samples.store is None:
-        stored = pack(manifest, scratch / "store", kind="decoded", threads=setting.threads).manifest.train
-        speeds = [reading(replace(setting, samples=stored), options) for _ in range(options.rounds)]
-        yield "--cache decoded, or onewarp pack --decoded", [speed / middle[READING] for speed in speeds]
+    others = {}
     if setting.threads < cores:
-        speeds = [reading(replace(setting, threads=cores), options) for _ in range(options.rounds)]
-        yield f"--threads {cores}", [speed / middle[READING] for speed in speeds]
+        others[f"--threads {cores}"] = replace(setting, threads=cores)
+    if bound == MODEL:
+        others["--precision bf16"] = replace(setting, precision="bf16")
+        if 2 * (FIRST + 2) * setting.batch <= len(setting.samples):
+            others[f"--batch {2 * setting.batch}"] = replace(setting, batch=2 * setting.batch)
+    for name, other in others.items():
+        yield name, (training(setting), training(other))
+    torch.set_num_threads(setting.threads)
+    if bound == MODEL or setting.samples.store is not None:
+        return
+    # Of a large set a part tells the same, and fits anywhere.
+    few = manifest.train.share(min(1.0, max(SOME, 10 * setting.batch) / len(manifest.train)), 0)
+    plain = replace(setting, samples=few)
+    side = 2 * options.size
+    switches: dict[str, dict[str, Any]] = {
+        "--cache decoded, or onewarp pack --decoded": {"kind": "decoded"},
+        f"onewarp pack --encoded --short-side {side}": {"kind": "encoded", "short_side": side},
+    }
+    for number, (name, how) in enumerate(switches.items()):
+        try:
+            stored = pack(_part(manifest, few), scratch / f"store{number}", threads=setting.threads, **how)
+        except UserError as error:
+            skipped[name] = str(error)
+            continue
+        yield name, (training(plain), training(replace(setting, samples=stored.manifest.train)))
+
+
+def _part(manifest: Manifest, few: Samples) -> Manifest:
+    """The manifest of these training images and of one for validation."""
+    rows_N = np.sort(np.concatenate([few.ids_N, manifest.valid.ids_N[:1]]))
+    return manifest.part(rows_N)

@@ -69,8 +69,8 @@ class Outcome:
 
     picture_HWC: np.ndarray
     """0 to 255, [size, size, 3]."""
-    padding: float
-    """Share of its pixels that show padding."""
+    padded_HW: np.ndarray
+    """Which of its pixels show padding, bool [size, size]."""
     ideal_from_output_33: np.ndarray | None = None
     """The map of its own ideal, where a way cannot take the parameters exactly; `None`: the map of the draw."""
 
@@ -84,7 +84,7 @@ def presized(image_HWC: np.ndarray, draws: Draws, size: int) -> Outcome:
     matrix_33 = np.linalg.inv(square_from_output(PRESIZED)) @ augmentation(draws)[0] @ square_from_output(size)
     return Outcome(
         picture_HWC=oracle.warp(square_HWC, matrix_33, size),
-        padding=oracle.padding([matrix_33], [PRESIZED], [PRESIZED], size),
+        padded_HW=oracle.padded([matrix_33], [PRESIZED], [PRESIZED], size),
     )
 
 
@@ -93,7 +93,7 @@ def repeated(image_HWC: np.ndarray, draws: Draws, size: int) -> Outcome:
     picture_HWC, _ = repeat(image_HWC, draws, size)
     maps = [matrix_N33[0] for matrix_N33 in stepwise(draws, size).values()]
     sides = [size] * len(maps)
-    return Outcome(picture_HWC=picture_HWC, padding=oracle.padding(maps, sides, sides, size))
+    return Outcome(picture_HWC=picture_HWC, padded_HW=oracle.padded(maps, sides, sides, size))
 
 
 def fastai_presizing(image_HWC: np.ndarray, draws: Draws, size: int) -> Outcome:
@@ -128,7 +128,7 @@ def fastai_presizing(image_HWC: np.ndarray, draws: Draws, size: int) -> Outcome:
     crop_33 = np.array([[scale, 0, left + 0.5 - 0.5 * scale], [0, scale, top + 0.5 - 0.5 * scale], [0, 0, 1]])
     return Outcome(
         picture_HWC=picture_HWC,
-        padding=oracle.padding([warp_33, crop_33], [PRESIZED] * 2, [PRESIZED] * 2, size),
+        padded_HW=oracle.padded([warp_33, crop_33], [PRESIZED] * 2, [PRESIZED] * 2, size),
         ideal_from_output_33=source_from_square_33 @ warp_33 @ crop_33,
     )
 
@@ -141,7 +141,7 @@ def antialiased(resample: Image.Resampling) -> Way:
         matrix_33 = compose(draws, np.array([height]), np.array([width]), size)[0]
         return Outcome(
             picture_HWC=once(image_HWC, matrix_33, size, resample),
-            padding=oracle.padding([matrix_33], [height], [width], size),
+            padded_HW=oracle.padded([matrix_33], [height], [width], size),
         )
 
     return way
@@ -259,6 +259,8 @@ class Seen:
     """The first photograph: the ideal's and each way's picture of it, by name."""
     spectra: dict[str, np.ndarray]
     """Of each way, its power over the ideal's by frequency, the mean over all photographs, [F]."""
+    left_out: float
+    """Share of the pixels that no way is judged by."""
 
 
 def measure(
@@ -272,20 +274,18 @@ def measure(
     per_sides = set()
     example: dict[str, np.ndarray] = {}
     powers: dict[str, list[np.ndarray]] = {}
+    left_out: list[float] = []
     small_HWC = np.zeros((2 * size, 2 * size, 3), np.uint8)
     for way in ways.values():  # imports and the like are outside the clock
         way(small_HWC, loader.draws(0, np.zeros(1, np.int64)), size)
 
-    def note(row: str, outcome: Outcome, ideal_HWC: np.ndarray, cost: float) -> None:
-        example.setdefault(row, outcome.picture_HWC)
-        powers.setdefault(row, []).append(oracle.spectrum(outcome.picture_HWC) / oracle.spectrum(ideal_HWC))
+    def note(row: str, picture_HWC: np.ndarray, ideal_HWC: np.ndarray) -> None:
+        powers.setdefault(row, []).append(oracle.spectrum(picture_HWC) / oracle.spectrum(ideal_HWC))
         for column, metric in METRICS.items():
-            cells.setdefault((row, column), []).append(metric(outcome.picture_HWC, ideal_HWC))
+            cells.setdefault((row, column), []).append(metric(picture_HWC, ideal_HWC))
         psnrs = "PSNR, dB"
         if row != OURS:
             cells.setdefault((row, DIFFERENCE), []).append(cells[OURS, psnrs][-1] - cells[row, psnrs][-1])
-        cells.setdefault((row, PADDED), []).append(100 * outcome.padding)
-        cells.setdefault((row, COST), []).append(cost)
 
     for position in range(n):
         path = os.path.join(samples.root, samples.paths[position])
@@ -300,23 +300,32 @@ def measure(
         ideal_HWC, per_side = oracle.ideal(image_HWC, matrix_33, size)
         per_sides.add(per_side)
         example.setdefault("the ideal", ideal_HWC)
-        padding = oracle.padding([matrix_33], [height], [width], size)
+        padded_HW = oracle.padded([matrix_33], [height], [width], size)
+        outcomes = {}
         for name, (pictures, cost) in loaders.items():
-            picture_HWC = pictures[int(samples.ids_N[position])]
-            note(name, Outcome(picture_HWC=picture_HWC, padding=padding), ideal_HWC, cost)
+            outcomes[name] = Outcome(picture_HWC=pictures[int(samples.ids_N[position])], padded_HW=padded_HW), cost
         for name, way in ways.items():
             started = time.process_time()
             outcome = way(image_HWC, draws, size)
-            cost = decoding + 1000 * (time.process_time() - started)
+            outcomes[name] = outcome, decoding + 1000 * (time.process_time() - started)
+        # Where any way shows padding, all show the ideal: some read beyond the square where others mirror, and what is
+        # measured is interpolation.
+        unfit_HW1 = oracle.around(np.any([outcome.padded_HW for outcome, _ in outcomes.values()], axis=0))[..., None]
+        for name, (outcome, cost) in outcomes.items():
             own_33 = outcome.ideal_from_output_33
-            note(name, outcome, ideal_HWC if own_33 is None else oracle.ideal(image_HWC, own_33, size)[0], cost)
+            its_HWC = ideal_HWC if own_33 is None else oracle.ideal(image_HWC, own_33, size)[0]
+            note(name, np.where(unfit_HW1, its_HWC, outcome.picture_HWC), its_HWC)
+            example.setdefault(name, outcome.picture_HWC)
+            cells.setdefault((name, PADDED), []).append(100 * float(outcome.padded_HW.mean()))
+            cells.setdefault((name, COST), []).append(cost)
+        left_out.append(float(unfit_HW1.mean()))
     figures = [
         Figure(row=row, column=column, samples=samples, centre="mean") for (row, column), samples in cells.items()
     ]
     columns = [*METRICS, DIFFERENCE, PADDED, COST]
     spectra = {name: np.mean(power_NF, axis=0) for name, power_NF in powers.items()}
     ordered = sorted(figures, key=lambda figure: columns.index(figure.column))
-    return ordered, per_sides, Seen(example=example, spectra=spectra)
+    return ordered, per_sides, Seen(example=example, spectra=spectra, left_out=float(np.mean(left_out)))
 
 
 def main(options: InterpolationOptions) -> Record:
@@ -339,7 +348,8 @@ def main(options: InterpolationOptions) -> Record:
             figures, per_sides, seen = measure(large, options, ways)
     else:
         figures, per_sides, seen = measure(samples.subset(spread), options, ways)
-    few = [decoded(os.path.join(samples.root, samples.paths[i])) for i in spread[: 2 if options.quick else 25]]
+    some = spread[:: max(1, len(spread) // (2 if options.quick else 25))]
+    few = [decoded(os.path.join(samples.root, samples.paths[i])) for i in some]
     chain: dict[int, list[tuple[float, float]]] = {}
     for count, ours, theirs in chained.measured(few, options.size, options.seed):
         chain.setdefault(count, []).append((ours, theirs))
@@ -358,6 +368,8 @@ def main(options: InterpolationOptions) -> Record:
         remarks=(
             f"The ideal is the mean of {min(per_sides)}² to {max(per_sides)}² bicubic samples a pixel.",
             "fastai's crops fall on whole pixels: it is held against an ideal moved likewise.",
+            f"Pixels where any way shows padding, and their neighbours ({100 * seen.left_out:.1f}%), count for none: "
+            "presizing, fastai and the chain cut the square first and mirror what one warp still reads.",
             "Transforms in a row are each a rotation of up to "
             f"{chained.ANGLE:g}°, a zoom of up to {chained.ZOOM:g} and a tilt of up to {chained.TILT:g} ({len(few)} "
             "photographs).",

@@ -131,8 +131,8 @@ def spectrum(picture_HWC: np.ndarray) -> np.ndarray:
     return sums_F / np.bincount(radius_HW[inside_HW], minlength=count)
 
 
-def padding(maps: Sequence[np.ndarray], heights: Sequence[int], widths: Sequence[int], size: int) -> float:
-    """Share of output pixels that show padding.
+def padded(maps: Sequence[np.ndarray], heights: Sequence[int], widths: Sequence[int], size: int) -> np.ndarray:
+    """Which output pixels show padding, bool [size, size].
 
     Args:
         maps: of each warp that a picture goes through, in its order, the matrix [3, 3] from result to source.
@@ -150,4 +150,11 @@ def padding(maps: Sequence[np.ndarray], heights: Sequence[int], widths: Sequence
         j_HW = x_HW.clip(0, width - 1).astype(np.int64)
         i_HW = y_HW.clip(0, height - 1).astype(np.int64)
         padded_HW = ~inside_HW | padded_HW[i_HW, j_HW]
-    return float(padded_HW.mean())
+    return padded_HW
+
+
+def around(marked_HW: np.ndarray, pixels: int = 2) -> np.ndarray:
+    """The marked pixels, and those no further than so many from one of them: what interpolation mixes them with."""
+    padded_HW, height, width = np.pad(marked_HW, pixels), *marked_HW.shape
+    shifts = range(2 * pixels + 1)
+    return np.any([padded_HW[i : i + height, j : j + width] for i in shifts for j in shifts], axis=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 
 from pipelines.preview import liveliest
 
-COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#8C8C8C")  # Okabe and Ito
+COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#8C8C8C", "#222222")  # Okabe and Ito
 IDEAL = "the ideal"
 
 
@@ -47,7 +48,7 @@ def draw(
         for row in (0, 1):
             axes[row, column].set_axis_off()
     spectrum, chain = below.subplots(1, 2)
-    for colour, (name, power_F) in zip(COLOURS, spectra.items(), strict=False):
+    for colour, (name, power_F) in zip(itertools.cycle(COLOURS), spectra.items(), strict=False):
         cycles_F = np.arange(len(power_F)) / size
         spectrum.plot(cycles_F[1:], power_F[1:], color=colour, linewidth=1.8, label=name)
     spectrum.axhline(1, color="#222222", linewidth=0.8)

@@ -236,9 +236,16 @@ def environment(packages: Sequence[str] = ()) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in dict.fromkeys((*PACKAGES, *packages))},
+        "versions": {name: _version(name) for name in dict.fromkeys((*PACKAGES, *packages))},
         "commit": _git("rev-parse", "--short", "HEAD") + (" + changes" if _changed() else ""),
     }
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:  # another distribution has the same module
+        return "unknown"
 
 
 def _changed() -> bool:

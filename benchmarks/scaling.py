@@ -34,6 +34,7 @@ from benchmarks.overhead import InMemory
 from benchmarks.record import Figure, Options, Record, open_data
 from benchmarks.spawned import on_ranks, together
 from pipelines import Augment, Loader, Samples
+from pipelines.errors import UserError
 from trainer import models, optim, schedule, weights
 from trainer.journal import Journal
 from trainer.loop import Learner, train_epoch
@@ -74,6 +75,8 @@ class ScalingOptions(Options):
     """Steps in a block."""
     gpu_speed: float = 2800.0
     """Images that one H100 is assumed to compute in a second: about ResNet-50 at 224 px in NVIDIA's own examples."""
+    gpu_gradient: float = 102.0
+    """Megabytes of its gradient."""
     gpu_batch: int = 256
     """Images a GPU in a step of the projection."""
 
@@ -169,6 +172,8 @@ def _reduced(ranks: Ranks, size: int) -> Iterator[tuple[int, list[float]]]:
             together(ranks)
             started = time.perf_counter()
             dist.all_reduce(tensor)
+            if tensor.is_cuda:
+                torch.cuda.synchronize()
             together_again = time.perf_counter() - started
             times.append(max(ranks.gather([together_again])))
         yield count, times[2:]
@@ -217,9 +222,9 @@ def _training(
     return train
 
 
-def loading(options: ScalingOptions, samples: Samples, seconds: float) -> float:
-    """Images a second of the loader alone, on one thread."""
-    loader = Loader(samples, size=options.size, global_batch=16, augment=Augment(), threads=1)
+def loading(samples: Samples, seconds: float) -> float:
+    """Images a second of the loader alone, at 224 pixels on one thread."""
+    loader = Loader(samples, size=224, global_batch=16, augment=Augment(), threads=1)
     batches = itertools.chain.from_iterable(loader.epoch(epoch) for epoch in itertools.count())
     for _ in range(4):
         next(batches)
@@ -237,8 +242,11 @@ def main(options: ScalingOptions) -> Record:
     if options.quick:
         tiny = {"model": "test_efficientnet", "size": 32, "batch": 8, "pairs": 2, "steps": 2}
         options = replace(options, **tiny)
+    gpus = torch.cuda.device_count()
+    if gpus and options.ranks > gpus:
+        raise UserError(f"--ranks {options.ranks}: there are {gpus} GPUs. Choose no more.")
     figures: list[Figure] = []
-    speed = loading(options, samples, 0.3 if options.quick else 5.0)
+    speed = loading(samples, 0.3 if options.quick else 5.0)
     whole, half = options.batch, options.batch // options.ranks
     alone = {share: on_ranks(1, 1, partial(measure, options, samples, share)) for share in (whole, half)}
     there = on_ranks(options.ranks, 1, partial(measure, options, samples, half))
@@ -248,7 +256,7 @@ def main(options: ScalingOptions) -> Record:
         figures.append(Figure(row=f"1 rank, {share} images", column=STEP, samples=measured.joined))
     row = f"{options.ranks} ranks, {half} images each"
     apart = statistics.median(there.apart)
-    predicted = step(apart, half / speed, ring.seconds(there.bytes, options.ranks))
+    predicted = step(apart, 0.0, ring.seconds(there.bytes, options.ranks))
     figures += [
         Figure(row=f"{row}, without a word", column=STEP, samples=there.apart),
         Figure(row=row, column=STEP, samples=there.joined),
@@ -264,7 +272,7 @@ def main(options: ScalingOptions) -> Record:
         row = f"{size / 1e3:,.0f} kB over {options.ranks} ranks"
         figures.append(Figure(row=row, column=REDUCE, samples=[1e3 * seconds for seconds in times]))
         figures.append(Figure(row=row, column=FITTED, samples=[1e3 * ring.seconds(size, options.ranks)]))
-    figures += projected(options, there.bytes, speed)
+    figures += projected(options, speed)
 
     record = Record(
         title=f"Scaling, {options.model}, {options.size} px, global batch {options.batch}",
@@ -273,22 +281,24 @@ def main(options: ScalingOptions) -> Record:
         figures=figures,
         skipped={},
         remarks=(
-            f"The loader alone gives {speed:,.0f} images/s on one core. Steps are of batches in memory: a training "
-            "with a loader is in the record of overhead.",
+            "Steps are of batches in memory, so nothing is loaded; what a training waits for its loader is in the "
+            "record of overhead.",
             f"Gradient: {there.bytes / 1e6:.1f} MB. Ring: {1e6 * ring.latency:.0f} µs a hop, "
             f"{ring.bandwidth / 1e9:.2f} GB/s.",
             f"H100 rows are a PROJECTION: {options.gpu_speed:,.0f} images/s a GPU are assumed, {options.gpu_batch} "
-            f"images each, the same gradient; {100 * REACHED:.0f}% of NVLink's {NVLINK / 1e9:.0f} and InfiniBand's "
-            f"{INFINIBAND / 1e9:.0f} GB/s. Cores feed a GPU with 224 px images as fast as it computes, by what one "
-            "core of this machine reads; `mixed` decoding on the GPU is not measured.",
+            f"images each, a gradient of {options.gpu_gradient:g} MB; {100 * REACHED:.0f}% of NVLink's "
+            f"{NVLINK / 1e9:.0f} and InfiniBand's {INFINIBAND / 1e9:.0f} GB/s. Cores feed a GPU with 224 px images as "
+            f"fast as it computes: one core of this machine reads {speed:,.0f} of these files a second; `mixed` "
+            "decoding on the GPU is not measured.",
         ),
     )
     record.publish()
     return record
 
 
-def projected(options: ScalingOptions, size: int, speed: float) -> Iterator[Figure]:
+def projected(options: ScalingOptions, speed: float) -> Iterator[Figure]:
     """What the model says of many GPUs."""
+    size = 1e6 * options.gpu_gradient
     compute = options.gpu_batch / options.gpu_speed
     for ranks in (1, 8, 16, 64, 256, 1024):
         seconds = step(compute, 0.0, on_gpus(ranks, compute, size) if ranks > 1 else 0.0)

@@ -28,6 +28,7 @@ from pipelines.errors import UserError, first_line
 WORKERS = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "WANDB_API_KEY": ""}
 OBJECT_STORE_BYTES = 100 * 2**20  # workers share files, not objects
 ALONE = os.environ[environment.OTHERS] == "0"  # Ray was imported for this machine alone
+LOOPBACK = ("127.", "localhost", "[::1]")
 PATIENCE = 10.0  # seconds for its processes to end
 _SIGACTION = 512  # bytes, more than a `struct sigaction` has anywhere
 LONGEST_TEMPORARY = 24  # characters: Ray's sockets lie 83 deeper, and a socket's path ends at 107
@@ -61,13 +62,31 @@ def local(cpus: int) -> Generator[str]:
                 _temp_dir=scratch,
                 runtime_env={"env_vars": {**WORKERS, "TMPDIR": scratch}},
             )
-        started = {pid for pid in _descendants(os.getpid()) if scratch in _command_of(pid)}
+        _started.clear()
+        _started.update(pid for pid in _descendants(os.getpid()) if scratch in _command_of(pid))
         try:
             yield scratch
         finally:
-            # Ray ends what it has started, but not its workers: they end when they see that it is gone.
-            with _awaited(started.union(*map(_descendants, started))):
-                ray.shutdown()
+            end()
+
+
+_started: set[int] = set()  # processes of Ray's that this one has started
+
+
+def end() -> None:
+    """End Ray, and wait for all its processes to be gone; from any thread, once or twice."""
+    # It ends what it has started, but not its workers: they end when they see that it is gone.
+    with _awaited(_started.union(*map(_descendants, _started))):
+        ray.shutdown()
+
+
+def rearm() -> None:
+    """Set Python's handlers of signals anew for the system, which Ray has changed beside them; on the main thread."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if handler is not None:
+                signal.signal(number, handler)
 
 
 def _descendants(pid: int) -> set[int]:
@@ -127,7 +146,7 @@ def joined(address: str) -> Generator[None]:
     Raises:
         UserError: none answers there.
     """
-    if ALONE:
+    if ALONE and not address.removeprefix("ray://").startswith(LOOPBACK):
         raise UserError(
             f"--address {address}: in this process Ray was started for this machine alone. Join the cluster from a new "
             f"process, or set {environment.OTHERS}=1 for this one."

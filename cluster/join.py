@@ -19,11 +19,9 @@ os.environ.setdefault(environment.OTHERS, "1")
 from cluster import engine, rounds
 from cluster.doctor import refuse_the_ill
 from cluster.launch import beside, fit
-from cluster.room import room
 
 # isort: split
 import ray
-from ray._private.state import state
 from ray.train.v2.api.config import ScalingConfig
 from rich.console import Console
 
@@ -92,7 +90,7 @@ def wait_for_room(crew: Crew, address: str, patience: float = PATIENCE) -> int:
         resources = ray.cluster_resources()
         gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
         there = gpus or cores
-        free = room(state.available_resources_per_node(), {"GPU": 1.0} if gpus else {"CPU": 1.0})
+        free = int(ray.available_resources().get("GPU" if gpus else "CPU", 0))
         if crew.least <= free:
             if not gpus:
                 say(f"workers   on CPU cores: the cluster at {address} has no GPU")

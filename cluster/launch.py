@@ -52,6 +52,7 @@ def launch(work: Work, crew: Crew, restarts: int = 0, note: Note | None = None) 
         WorkersError: anything else that ended a worker.
     """
     up: Future[None] = Future()
+    left = threading.Event()
 
     def train() -> None:
         # Whole on one thread: what Ray starts ends with the thread that started it.
@@ -60,15 +61,19 @@ def launch(work: Work, crew: Crew, restarts: int = 0, note: Note | None = None) 
             import torch  # which takes seconds
 
             scaling = ScalingConfig(num_workers=crew.most, use_gpu=torch.cuda.is_available())
+            if left.is_set():
+                raise WorkersError("left before it began")
             fit(work, scaling, Path(scratch), restarts, note, alone=True)
 
     done = beside(train)
     try:
         yield done.result
     finally:
+        left.set()
+        wait([up, done], return_when=FIRST_COMPLETED)
+        engine.rearm()
         if not done.done():
-            wait([up, done], return_when=FIRST_COMPLETED)
-            ray.shutdown()  # which ends the training
+            engine.end()  # and with it the training
             wait([done], timeout=2 * engine.PATIENCE)
 
 

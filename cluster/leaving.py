@@ -14,11 +14,6 @@ from trainer import stopping
 POLL = 1.0  # seconds between two looks
 
 
-def some() -> bool:
-    """Whether any machine of the cluster is leaving: it was told to, and Ray has not heard yet that it is gone."""
-    return bool(machines())
-
-
 def watch(nodes: Set[str]) -> None:
     """From now on this process is told to stop as soon as Ray drains one of `nodes`.
 
@@ -34,7 +29,7 @@ def _watch(nodes: Set[str]) -> None:
 
 
 def machines() -> Set[str]:
-    """Those that are leaving."""
+    """Those that are leaving: they were told to, and Ray has not heard yet that they are gone."""
     with suppress(Exception):  # the head may be busy, or gone; then there is more to notice than this
         return state.get_draining_nodes().keys()
     return frozenset()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import signal
 import uuid
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -52,11 +53,19 @@ class _Backend(Backend):
     failures = 0
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        try:
+        with self._starting(worker_group):
             self._meet(worker_group, backend_config)
+
+    @contextmanager
+    def _starting(self, worker_group: Any) -> Generator[None]:
+        """Failures are bounded, and let go of what the workers hold.
+
+        Ray would start again after some of them for ever, after others never; and it holds on to their places, as for
+        it the workers have started.
+        """
+        try:
+            yield
         except (RayActorError, RayTaskError) as error:
-            # Ray would start again after the one for ever, after the other never; and it would not let go of what the
-            # workers hold, as for it they have started.
             if isinstance(error, RayTaskError) and isinstance(error.cause, UserError):
                 raise UserError(str(error.cause)) from error
             worker_group._clear_state()
@@ -75,12 +84,13 @@ class _Backend(Backend):
         ray.get([worker_group.execute_single_async(at, _join, at, size, place, meeting.backend) for at in range(size)])
 
     def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
-        self.failures = 0
         alone = backend_config.folder is not None
-        worker_group.execute(_listen, alone)  # work itself runs on another thread than the one that signals reach
-        if not alone:  # one asks for all
-            nodes = frozenset(worker.metadata.node_id for worker in worker_group.get_workers())
-            worker_group.execute_single(0, leaving.watch, nodes)
+        with self._starting(worker_group):
+            worker_group.execute(_listen, alone)  # work itself runs on another thread than the one that signals reach
+            if not alone:  # one asks for all
+                nodes = frozenset(worker.metadata.node_id for worker in worker_group.get_workers())
+                worker_group.execute_single(0, leaving.watch, nodes)
+        self.failures = 0
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
         with suppress(GetTimeoutError):  # then it ends with its processes

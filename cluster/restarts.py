@@ -8,6 +8,7 @@ from typing import Any
 from ray.train import UserCallback
 
 from cluster import leaving
+from cluster.room import Running
 from pipelines.errors import UserError, first_line
 from trainer import memory, stopping
 from trainer.notes import Note
@@ -55,7 +56,8 @@ class Failures(UserCallback):
             which = "this" if self._alone else "a"
             raise memory.OutOfMemoryError(f"The memory of {which} machine ran out, and a worker was ended for it.")
         # A machine that was told to leave may be gone before its workers have; the others may be the first to say so.
-        if not (leaving.some() or any(getattr(error, "preempted", False) for error in died)):
+        leaves = leaving.machines() & Running.nodes()
+        if not (leaves or any(getattr(error, "preempted", False) for error in died)):
             if self._left == 0:
                 raise WorkersError("\n".join(str(error) for error in worker_exceptions.values()))
             self._left -= 1

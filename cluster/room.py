@@ -20,6 +20,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ResizeDecision,
     ScalingDecision,
 )
+from ray.util import placement_group_table
 
 from cluster import leaving
 from trainer import stopping
@@ -62,6 +63,19 @@ class Running(WorkerGroupCallback):
     """Knows the workers that run, for `Elastic`: both are in the process of Ray's that starts them."""
 
     group: Any = None
+
+    @staticmethod
+    def nodes() -> set[str]:
+        """The machines that they are on."""
+        return set() if Running.group is None else {worker.metadata.node_id for worker in Running.group.get_workers()}
+
+    @staticmethod
+    def places() -> list[str]:
+        """The machine of each place that is kept for one of them."""
+        if Running.group is None:
+            return []
+        handle = Running.group.get_worker_group_state().placement_group_handle
+        return list(placement_group_table(handle.placement_group)["bundles_to_node_id"].values())
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
         Running.group = worker_group
@@ -122,11 +136,12 @@ class Elastic(ElasticScalingPolicy):
         return room(state.available_resources_per_node(), self._worker(), leaving.machines())
 
     def _held(self) -> int:
-        """How many workers stand on machines that are there and stay."""
-        group = Running.group
-        standing = [] if group is None else [worker.metadata.node_id for worker in group.get_workers()]
+        """How many places on machines that are there and stay the workers hold that are to be ended.
+
+        Where a machine is lost Ray gives its places to others at once: they are not where the workers were.
+        """
         machines = state.available_resources_per_node().keys() - leaving.machines()
-        return sum(node in machines for node in standing)
+        return sum(machine in machines for machine in Running.places())
 
     def _total(self) -> int:
         """The same, if nothing at all were in use."""

@@ -129,6 +129,23 @@ class Manifest:
         """What is measured on; not empty."""
         return self.samples.subset(np.flatnonzero(self.valid_N))
 
+    def part(self, rows_N: np.ndarray) -> Manifest:
+        """The images of these rows alone, in this order; nothing is left out of it."""
+        return replace(
+            self,
+            paths=tuple(self.paths[row] for row in rows_N),
+            formats=tuple(self.formats[row] for row in rows_N),
+            labels_N=self.labels_N[rows_N],
+            valid_N=self.valid_N[rows_N],
+            heights_N=self.heights_N[rows_N],
+            widths_N=self.widths_N[rows_N],
+            bytes_N=self.bytes_N[rows_N],
+            mtimes_N=self.mtimes_N[rows_N],
+            orientations_N=self.orientations_N[rows_N],
+            hashes_N16=self.hashes_N16[rows_N],
+            quarantine=(),
+        )
+
     @cached_property
     def samples(self) -> Samples:
         """All of them."""

@@ -8,6 +8,7 @@ hold no block above 64 MB.
 
 import os
 
+_OLD = (2, 35)  # up to it glibc may refuse such a threshold, and then keeps a low one
 _SETTINGS = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
@@ -16,5 +17,8 @@ _SETTINGS = {
 
 
 def environment() -> dict[str, str]:
-    """What the C library of a process reads when it starts; what a user has set stays."""
+    """What the C library of a process reads when it starts; what a user has set stays. Nothing for other libraries."""
+    library, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
+    if library != "glibc" or tuple(map(int, version.split(".")[:2])) <= _OLD:
+        return {}
     return {name: os.environ.get(name, value) for name, value in _SETTINGS.items()}

@@ -113,13 +113,12 @@ def _carry_out(config: TrainConfig, goal: Goal, console: Console) -> tuple[list[
     config = dataclasses.replace(config, name=name)
     folder = RunFolder(absolute(config.runs) / name)
     new, short = not folder.config.exists(), None
-    with Workers(config, goal, folder) as workers:
-        with ending():
-            if new:
-                workers.begin_early()
-            from trainer.prepare import prepare  # which takes seconds, while they start
+    with Workers(config, goal, folder) as workers, ending():
+        if new:
+            workers.begin_early()
+        from trainer.prepare import prepare  # which takes seconds, while they start
 
-            folder, manifest = prepare(config, console)
+        folder, manifest = prepare(config, console)
         if goal == "train" and any(event["event"] == "finished" for event in journal.read(folder.journal)):
             console.print(f"The run {folder.path.name} was finished before; this is how it ended.")
         else:
@@ -129,6 +128,8 @@ def _carry_out(config: TrainConfig, goal: Goal, console: Console) -> tuple[list[
                     workers.work()
                 except memory.OutOfMemoryError as error:
                     short = error
+                finally:
+                    workers.close()  # before anybody stops to listen, and before what is left is uploaded
     if short is not None:
         if config.address is not None:
             raise UserError(f"{short} Choose a smaller --batch or --size, or give --micro-batch.")

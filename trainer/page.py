@@ -79,11 +79,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, escaped: bool =
 
 
 def picture(path: Path, caption: str) -> str:
-    """A picture of the run's, in the page itself, as wide as the page and no wider; nothing where there is none."""
-    if not path.exists():
+    """A picture in the page itself, as wide as the page and no wider; nothing where there is none, or half of one."""
+    try:
+        with Image.open(path) as opened:
+            shown = opened.convert("RGB")
+    except OSError:  # of a worker that was killed while it drew
         return ""
-    with Image.open(path) as opened:
-        shown = opened.convert("RGB")
     shown.thumbnail((_WIDEST, 4 * _WIDEST))
     stream = io.BytesIO()
     shown.save(stream, "WebP", quality=82, method=4)

@@ -108,12 +108,18 @@ def prepare(config: TrainConfig, console: Console) -> tuple[RunFolder, Manifest]
         config = dataclasses.replace(config, batch=largest_batch(config, manifest, model, count, console))
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
-        manifest.write(folder.manifest)
-        if manifest.quarantine:
-            folder.write_quarantine(manifest.quarantine)
-        safetensors.torch.save_file(checkpoint.tensors(model), folder.initial)
-        # Last: a folder that has a configuration has everything.
-        write_atomic(folder.config, json.dumps(config.as_dict(), indent=2) + "\n")
+        with folder.locked():
+            if folder.config.exists():
+                raise UserError(
+                    f"The run {folder.path} was begun by another command meanwhile. Choose another --name, or wait for "
+                    "its end."
+                )
+            manifest.write(folder.manifest)
+            if manifest.quarantine:
+                folder.write_quarantine(manifest.quarantine)
+            safetensors.torch.save_file(checkpoint.tensors(model), folder.initial)
+            # Last: a folder that has a configuration has everything.
+            write_atomic(folder.config, json.dumps(config.as_dict(), indent=2) + "\n")
     except OSError as error:
         raise UserError(
             f"The run's folder {folder.path} cannot be written ({error.strerror}). Choose another --runs folder."

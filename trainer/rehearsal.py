@@ -180,20 +180,8 @@ def excerpt(manifest: Manifest, images: int) -> Manifest:
         rows_N = np.resize(np.argsort(-pixels_N, kind="stable")[:count], count)
     else:
         rows_N = np.arange(min(count, len(manifest.paths)))
-    return dataclasses.replace(
-        manifest,
-        paths=tuple(manifest.paths[row] for row in rows_N),
-        formats=tuple(manifest.formats[row] for row in rows_N),
-        valid_N=np.arange(len(rows_N)) >= len(rows_N) - max(1, len(rows_N) // (STEPS + 1)),
-        labels_N=manifest.labels_N[rows_N],
-        heights_N=manifest.heights_N[rows_N],
-        widths_N=manifest.widths_N[rows_N],
-        bytes_N=manifest.bytes_N[rows_N],
-        mtimes_N=manifest.mtimes_N[rows_N],
-        orientations_N=manifest.orientations_N[rows_N],
-        hashes_N16=manifest.hashes_N16[rows_N],
-        quarantine=(),
-    )
+    valid_N = np.arange(len(rows_N)) >= len(rows_N) - max(1, len(rows_N) // (STEPS + 1))
+    return dataclasses.replace(manifest.part(rows_N), valid_N=valid_N)
 
 
 class _EnoughError(Exception):

@@ -6,6 +6,7 @@ import html
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,7 @@ def compare(folders: Sequence[RunFolder], path: Path) -> Path:
 def _events(folder: RunFolder) -> list[Event]:
     events = journal.read(folder.journal)
     if not any(event["event"] == "run" for event in events):
-        raise UserError(
-            f"{folder.path} is no run that has begun: its journal tells of none. Name a folder under runs/."
-        )
+        raise UserError(f"{folder.path} holds no run that has begun. Name a folder under runs/.")
     return events
 
 
@@ -53,9 +52,9 @@ def _of_run(folder: RunFolder) -> Iterable[str]:
     runs = [event for event in events if event["event"] == "run" and event["command"] == "train"]
     run = (runs or [event for event in events if event["event"] == "run"])[-1]
     finished = next((event for event in reversed(events) if event["event"] == "finished"), None)
-    epochs = list({event["epoch"]: event for event in events if event["event"] == "epoch"}.values())
+    epochs = _once(events, "epoch")
     yield f"<h1>{text(folder.path.name)}</h1>"
-    yield f'<p class="lead">{_result(run, finished, epochs)}</p>'
+    yield f'<p class="lead">{_result(run, finished, epochs, working(events))}</p>'
     yield f'<p class="faint">{_what(run)}</p>'
     for sentence in (finished or {}).get("advice", ()):
         yield f'<p class="bad">{text(sentence)}</p>'
@@ -68,18 +67,18 @@ def _of_run(folder: RunFolder) -> Iterable[str]:
     yield _data(folder, run)
     yield _speed(events, run)
     yield _happened(events)
-    yield _how_to_go_on(folder, finished)
+    yield _how_to_go_on(folder, run, finished)
     yield f"<details><summary>All settings</summary><pre>{_settings(run)}</pre></details>"
 
 
-def _result(run: Event, finished: Event | None, epochs: Sequence[Event]) -> str:
+def _result(run: Event, finished: Event | None, epochs: Sequence[Event], seconds: float) -> str:
     if finished is None:
         reached = (
             f"error {100 * epochs[-1]['error_rate']:.1f}% after epoch {epochs[-1]['epoch']}" if epochs else "begun"
         )
         return f"Not finished: {reached}."
     wrong, valid = round(finished["error_rate"] * run["valid"]), run["valid"]
-    took = duration(finished["seconds"])
+    took = duration(seconds)
     return (
         f"Error <b>{100 * finished['error_rate']:.1f}%</b>: {wrong:,} of {valid:,} validation images, after "
         f"{run['epochs']} epochs on {run['train']:,} images in {took}."
@@ -129,11 +128,11 @@ def _cell(name: str, value: float | None) -> str:
 
 
 def _losses(events: Sequence[Event], epochs: Sequence[Event]) -> str:
-    steps = list({event["step"]: event for event in events if event["event"] == "step"}.values())
-    ends = _ends(steps)
+    steps = _once(events, "step")
+    ends, kept = _ends(steps), [step for step in steps if not step.get("skipped")]
     return chart.lines(
         [
-            Series(name="training", x_N=[s["step"] for s in steps], y_N=[s["loss"] for s in steps]),
+            Series(name="training", x_N=[s["step"] for s in kept], y_N=[s["loss"] for s in kept]),
             Series(
                 name="validation",
                 x_N=[ends.get(e["epoch"], 0) for e in epochs],
@@ -152,7 +151,7 @@ def _ends(steps: Sequence[Event]) -> dict[int, int]:
 
 
 def _rates(events: Sequence[Event]) -> str:
-    steps = list({event["step"]: event for event in events if event["event"] == "step"}.values())
+    steps = _once(events, "step")
     groups = max((len(step["lr"]) for step in steps), default=0)
     shown = sorted({0, groups - 1}) if groups else []
     names = {groups - 1: "head", 0: "first layers"} if groups > 1 else {0: "all layers"}
@@ -202,7 +201,7 @@ def _data(folder: RunFolder, run: Event) -> str:
 
 
 def _speed(events: Sequence[Event], run: Event) -> str:
-    steps = [event for event in events if event["event"] == "step"]
+    steps = _once(events, "step")
     if not steps:
         return ""
     batch = run["config"]["batch"]
@@ -219,27 +218,35 @@ def _speed(events: Sequence[Event], run: Event) -> str:
 
 
 def spent(events: Sequence[Event]) -> list[tuple[str, float]]:
-    """Seconds of the range test, of training and of what is between, by the journal's own clock."""
-    total = {"range test": 0.0, "training steps": 0.0, "validation, checkpoints, pictures": 0.0, "starts": 0.0}
-    before: Event | None = None
-    for event in events:
-        if before is not None:
-            kind = {
-                "range_step": "range test",
-                "range_result": "range test",
-                "step": "training steps",
-                "run": "starts",
-            }.get(event["event"], "validation, checkpoints, pictures")
-            total[kind] += event["time"] - before["time"]
-        before = event
+    """Seconds of the range test, of training and of what is between, by the journal's own clock.
+
+    What lies before a `run` event is no time of the run's: it was stopped, or its workers were being started.
+    """
+    kinds = {"range_step": "range test", "range_result": "range test", "step": "training steps"}
+    between = "validation, checkpoints, pictures"
+    total = {"range test": 0.0, "training steps": 0.0, between: 0.0}
+    for before, event in pairwise(events):
+        if event["event"] != "run":
+            total[kinds.get(event["event"], between)] += event["time"] - before["time"]
     return list(total.items())
+
+
+def working(events: Sequence[Event]) -> float:
+    """Seconds that the workers of a run have worked, all starts together."""
+    return sum(seconds for _, seconds in spent(events))
+
+
+def _once(events: Sequence[Event], kind: str) -> list[Event]:
+    """The steps, or epochs; of one that was done again the last time."""
+    key = "epoch" if kind == "epoch" else "step"
+    return [found for _, found in sorted({event[key]: event for event in events if event["event"] == kind}.items())]
 
 
 def _happened(events: Sequence[Event]) -> str:
     rows: list[list[str]] = []
     before = None
     for event in events:
-        at = time.strftime("%H:%M:%S", time.localtime(event["time"]))
+        at = time.strftime("%m-%d %H:%M:%S", time.localtime(event["time"]))
         if event["event"] == "run" and before is not None:
             where = "the beginning" if event["resumed_from"] is None else f"step {event['resumed_from']:,}"
             rows.append([at, f"Started on {event['world_size']} workers, from {where}."])
@@ -249,19 +256,23 @@ def _happened(events: Sequence[Event]) -> str:
             rows.append([at, f"Stopped by a signal after step {event['step']:,}."])
         elif event["event"] == "leaving":
             rows.append([at, f"A checkpoint after step {event['step']:,}, as machines come or go."])
+        elif event["event"] == "bad_batch":
+            rows.append([at, f"The loss of step {event['step']} of epoch {event['epoch']} was bad: {event['action']}."])
         elif event["event"] == "stalled":
             rows.append([at, f"Worker {event['rank']} stood still; its stacks are in the journal."])
         before = event
     return "<h2>What happened on the way</h2>" + table(["time", ""], rows, escaped=True, words=True) if rows else ""
 
 
-def _how_to_go_on(folder: RunFolder, finished: Event | None) -> str:
-    run = html.escape(str(folder.path))
+def _how_to_go_on(folder: RunFolder, run: Event, finished: Event | None) -> str:
+    place = html.escape(str(folder.path))
+    if run["command"] == "lr-find":
+        return ""
     if finished is None:
         name = html.escape(folder.path.name)
         words = f"The same command with <code>--name {name}</code> goes on from its last checkpoint."
         return f"<h2>How to go on</h2><p>{words}</p>"
-    lines = [f"onewarp evaluate {run} --data DIR", f"onewarp predict {run} DIR --out predictions.csv"]
+    lines = [f"onewarp evaluate {place} --data DIR", f"onewarp predict {place} DIR --out predictions.csv"]
     return f"<h2>How to go on</h2><pre>{chr(10).join(lines)}</pre>"
 
 
@@ -277,7 +288,8 @@ def _settings(run: Event) -> str:
 
 
 def _of_runs(folders: Sequence[RunFolder]) -> Iterable[str]:
-    told = {folder.path.name: _events(folder) for folder in folders}
+    same = len({folder.path.name for folder in folders}) < len(folders)
+    told = {str(folder.path) if same else folder.path.name: _events(folder) for folder in folders}
     runs = {name: [e for e in events if e["event"] == "run"][-1] for name, events in told.items()}
     yield "<h1>Runs compared</h1>"
     rows = []
@@ -290,7 +302,7 @@ def _of_runs(folders: Sequence[RunFolder]) -> Iterable[str]:
                 "" if finished is None else f"{100 * finished['error_rate']:.1f}%",
                 "" if not best else f"{100 * best['error_rate']:.1f}% (epoch {best['epoch']})",
                 "" if finished is None else f"{finished['valid_loss']:.4f}",
-                "not finished" if finished is None else duration(finished["seconds"]),
+                "not finished" if finished is None else duration(working(events)),
                 str(runs[name]["world_size"]),
             ]
         )
@@ -298,8 +310,7 @@ def _of_runs(folders: Sequence[RunFolder]) -> Iterable[str]:
     yield "<h2>Settings that differ</h2>" + _differences({name: flat(run["config"]) for name, run in runs.items()})
     losses, errors = [], []
     for number, (name, events) in enumerate(told.items()):
-        steps = list({e["step"]: e for e in events if e["event"] == "step"}.values())
-        epochs = list({e["epoch"]: e for e in events if e["event"] == "epoch"}.values())
+        steps, epochs = _once(events, "step"), _once(events, "epoch")
         ends = _ends(steps)
         losses.append(Series(name=name, x_N=[s["step"] for s in steps], y_N=[s["loss"] for s in steps], colour=number))
         errors.append(

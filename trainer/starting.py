@@ -130,29 +130,30 @@ class Workers(ExitStack):
         config = self._config
         named = config.data in NAMES or Path(config.data).expanduser().is_dir()
         if config.crew.most and config.address is None and config.batch != "auto" and named:
-            self._begin()
+            self._begin(early=True)
 
     def work(self) -> None:
         """Start them, if they are not yet, and return when all have ended well; see `cluster.launch.launch`."""
         if self._wait is None:
-            self._begin()
+            self._begin(early=False)
         assert self._wait is not None
         self._wait()
 
-    def _begin(self) -> None:
+    def _begin(self, *, early: bool) -> None:
         config, folder = self._config, self._folder
         places = {}
         if config.address is not None:
             places = {"shared": folder.engine, "data": Path(folder.read_config().data)}
         launch = launcher(config.crew, config.address, **places)
         tell = partial(note, folder.journal, folder.stalled)
-        self._wait = self.enter_context(launch(partial(_work, folder, self._goal), config.crew, config.restarts, tell))
+        work = partial(_work, folder, self._goal, early)
+        self._wait = self.enter_context(launch(work, config.crew, config.restarts, tell))
 
 
-def _work(folder: RunFolder, goal: Goal, ranks: Ranks, report: Report) -> None:
-    """What a worker does once the run is prepared; it comes early to have everything imported."""
+def _work(folder: RunFolder, goal: Goal, early: bool, ranks: Ranks, report: Report) -> None:
+    """What a worker does; one that comes early has everything imported when the run is prepared."""
     from trainer.worker import run  # not before: it may itself be the program that runs
 
-    while ranks.world_size > 1 and not folder.config.exists():
+    while early and not folder.config.exists():
         time.sleep(POLL)
     run(folder.path, goal, ranks, report)

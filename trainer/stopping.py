@@ -66,7 +66,7 @@ def ending() -> Generator[None]:
     """While it lasts, SIGTERM is a `StoppedError`: what was begun is ended in good order; on the main thread."""
 
     def end(number: int, frame: FrameType | None) -> None:
-        raise StoppedError("stopped before training began", number)
+        raise StoppedError("stopped", number)
 
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -126,17 +126,17 @@ def test_a_blurred_picture_has_less_gradient_energy():
 def test_the_identity_shows_no_padding_at_any_scale():
     for size in (31, 50, 97):
         matrix_33 = np.linalg.inv(square_from_output(50)) @ square_from_output(size)
-        assert oracle.padding([matrix_33], [50], [50], size) == 0
+        assert oracle.padded([matrix_33], [50], [50], size).mean() == 0
 
 
 def test_padding_is_the_area_read_outside():
     shift_33 = np.array([[1, 0, 10.0], [0, 1, 0], [0, 0, 1]])
-    assert oracle.padding([shift_33], [50], [50], 50) == pytest.approx(0.2)
+    assert oracle.padded([shift_33], [50], [50], 50).mean() == pytest.approx(0.2)
     back_33 = np.linalg.inv(shift_33)
     # There and back: the padding of the first warp has moved to the right, that of the second lies at the left.
-    assert oracle.padding([shift_33, back_33], [50, 50], [50, 50], 50) == pytest.approx(0.2)
-    assert oracle.padding([shift_33, shift_33], [50, 50], [50, 50], 50) == pytest.approx(0.4)
-    assert oracle.padding([shift_33 @ back_33], [50], [50], 50) == 0
+    assert oracle.padded([shift_33, back_33], [50, 50], [50, 50], 50).mean() == pytest.approx(0.2)
+    assert oracle.padded([shift_33, shift_33], [50, 50], [50, 50], 50).mean() == pytest.approx(0.4)
+    assert oracle.padded([shift_33 @ back_33], [50], [50], 50).mean() == 0
 
 
 def test_a_grating_has_its_power_where_its_frequency_is():
@@ -157,3 +157,10 @@ def test_one_warp_of_many_transforms_is_that_of_their_product():
     read_by_turns = first_33 @ (second_33 @ corners_32)
     np.testing.assert_allclose((first_33 @ second_33) @ corners_32, read_by_turns)
     assert np.abs(first_33 - np.eye(3)).max() < 0.3  # rotations of 10 degrees and the like
+
+
+def test_what_lies_around_is_a_square():
+    marked_HW = np.zeros((9, 9), bool)
+    marked_HW[4, 0] = True
+    assert oracle.around(marked_HW, 2).sum() == 5 * 3 and oracle.around(marked_HW, 2)[2:7, :3].all()
+    assert not oracle.around(np.zeros((3, 3), bool)).any()

@@ -49,7 +49,8 @@ def test_each_number_is_in_the_record(told, how, links):
     records = [json.loads(link.with_suffix(".json").read_text()) for link in links]
     for record, link in zip(records, links, strict=True):
         assert link.exists()
-        assert record["command"].removeprefix("onewarp bench ").split()[0] in how
+        assert re.search(r"(?:onewarp bench |benchmarks\.)(\w+)", record["command"])[1] in how
+        assert not record["config"]["quick"]
     values = [value for record in records for value in measured(record)]
     strange = [number for number in NUMBER.findall(told) if not quotes(number, values)]
     assert not strange

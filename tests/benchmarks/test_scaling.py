@@ -47,7 +47,7 @@ def test_the_record_holds_the_model_against_what_was_measured(small_set):
     measured, predicted = (cells[row, column].value for column in (scaling.STEP, scaling.PREDICTED))
     assert cells[row, scaling.ERROR].value == pytest.approx(predicted / measured)
     apart = cells[f"{row}, without a word", scaling.STEP]
-    assert predicted > statistics.median(apart.samples) > 0
+    assert predicted > statistics.median(apart.samples) > 0  # and nothing that is loaded
     assert len(apart.samples) == 2
     alone = cells["1 rank, 8 images", scaling.STEP].value
     assert cells["strong scaling from 1 to 2 ranks", "of the ideal, %"].value == pytest.approx(50 * alone / measured)

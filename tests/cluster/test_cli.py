@@ -6,7 +6,8 @@ import sys
 import pytest
 from PIL import Image
 
-VERBS = ("train", "lr-find", "evaluate", "predict", "scan", "pack", "show-batch", "summary", "doctor")
+VERBS = ("train", "lr-find", "evaluate", "predict", "scan", "pack", "show-batch", "summary")
+VERBS += ("report", "wandb-sync", "doctor", "bench")
 
 
 def test_the_installed_command_answers(tmp_path):
@@ -29,6 +30,7 @@ def test_help_reads(onewarp, tmp_path, words):
     told = onewarp(*words)
     assert told.returncode == 0
     words_of_its_own = {"--help": f"{{{','.join(VERBS)}}}", "predict": "--threshold", "doctor": "--cluster"}
+    words_of_its_own |= {"report": "--out", "wandb-sync": "--wandb", "bench": "loaders"}
     assert words_of_its_own.get(words[0], "--label-regex") in told.stdout
     assert list(tmp_path.iterdir()) == []
 

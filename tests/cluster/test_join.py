@@ -26,7 +26,7 @@ def room(monkeypatch):
             return now
 
         monkeypatch.setattr(join.ray, "cluster_resources", there)
-        monkeypatch.setattr(join.state, "available_resources_per_node", lambda: {"head": free or now})
+        monkeypatch.setattr(join.ray, "available_resources", lambda: free or now)
         return join.wait_for_room(crew, "head:6379", patience)
 
     return of

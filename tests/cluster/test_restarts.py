@@ -7,6 +7,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from cluster import leaving
 from cluster.restarts import Failures, WorkersError
+from cluster.room import Running
 from pipelines.errors import UserError
 from trainer.stopping import LeavingError
 
@@ -22,9 +23,10 @@ KILLED, TOLD_TO_LEAVE = gone(NodeDeathInfo.UNEXPECTED_TERMINATION), gone(NodeDea
 
 @pytest.fixture(autouse=True)
 def leaves(monkeypatch):
-    """Whether a machine of the cluster leaves just now."""
-    told = []
-    monkeypatch.setattr(leaving, "some", lambda: bool(told))
+    """The machines of the cluster that leave just now; workers are on `a` and `b`."""
+    told = set()
+    monkeypatch.setattr(leaving, "machines", lambda: told)
+    monkeypatch.setattr(Running, "nodes", staticmethod(lambda: {"a", "b"}))
     return told
 
 
@@ -54,8 +56,14 @@ def test_a_machine_that_was_told_to_leave_is_no_failure():
 
 
 def test_nor_is_it_where_the_others_say_so_before_ray_does(leaves):
-    leaves.append("it was told to")
+    leaves.add("b")
     assert len(met([{0: RuntimeError("Connection reset")}] * 3, 0)) == 3
+
+
+def test_a_machine_without_workers_may_leave_and_excuses_nothing(leaves):
+    leaves.add("c")
+    with pytest.raises(WorkersError, match="Connection reset"):
+        met([{0: RuntimeError("Connection reset")}], 0)
 
 
 def test_what_would_be_met_again_ends_the_training():

@@ -67,9 +67,9 @@ def test_what_ended_workers_held_is_waited_for_but_not_what_others_use(cluster):
     assert size(cluster.start()) == 2
 
 
-def test_workers_that_failed_make_room_for_others(cluster, monkeypatch):
-    stood = [SimpleNamespace(metadata=SimpleNamespace(node_id=name)) for name in ("a", "b", "gone")]
-    monkeypatch.setattr(room.Running, "group", SimpleNamespace(get_workers=lambda: stood))
+def test_places_that_workers_hold_are_theirs_again(cluster, monkeypatch):
+    places = ["a", "b", "gone", ""]  # the last of a place that Ray has not given to another machine yet
+    monkeypatch.setattr(room.Running, "places", staticmethod(lambda: places))
     cluster.cores = {"a": 1, "b": 1}
     cluster.used = {"a": 1, "b": 1}
     assert size(cluster.start()) == 2

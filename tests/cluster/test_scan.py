@@ -142,7 +142,10 @@ def test_a_machine_without_the_images_is_no_reason_to_leave_them_out(tmp_path):
         _examine_chunk._function([f"{tmp_path}/1.jpg", f"{tmp_path}/2.jpg"], 100)
 
 
-def test_where_no_cluster_answers(onewarp, small_set):
+def test_where_no_cluster_answers(onewarp, small_set, monkeypatch):
+    from cluster import engine
+
+    monkeypatch.setattr(engine, "ALONE", False)  # of a process that has had Ray for itself
     told = onewarp("scan", small_set, "--no-reuse", "--address", "nowhere")
     assert told.returncode == 2
     assert "--address nowhere: Ray cannot join" in told.stderr

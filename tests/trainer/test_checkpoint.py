@@ -2,6 +2,7 @@
 
 import os
 import signal
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -110,7 +111,8 @@ def test_a_killed_rank_costs_the_steps_since_the_checkpoint_and_no_bit(prepared,
 
 def ask_within_the_third_step(ranks, path):
     """Rank 0 finds the request, which the driver leaves, before the fourth."""
-    train_until(ranks, path, 2, RunFolder(path).stop.touch if ranks.rank == 0 else lambda: None)
+    request = RunFolder(path).stop
+    train_until(ranks, path, 2, partial(request.write_text, "SIGTERM") if ranks.rank == 0 else lambda: None)
 
 
 def ask_rank_1_in_the_range_test(ranks, path):

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from pipelines.errors import UserError
+from trainer.apply_config import check_table
 from trainer.losses import decide
-from trainer.predictions import best, check, write
+from trainer.predictions import best, write
 
 # Names that a CSV must quote, or that are no text at all.
 CLASSES = ["cat", 'a "dog"', "fox, red", "two\nlines", "owl", "emu", "gnu"]
@@ -82,6 +83,6 @@ def test_a_table_that_cannot_be_written_leaves_the_old_one(drawn, tmp_path, monk
 
 
 def test_the_name_says_the_format(tmp_path):
-    check(tmp_path / "p.csv"), check(tmp_path / "p.parquet")
+    check_table(tmp_path / "p.csv"), check_table(tmp_path / "p.parquet")
     with pytest.raises(UserError, match=r"p\.xlsx must end in \.csv or \.parquet"):
-        check(tmp_path / "p.xlsx")
+        check_table(tmp_path / "p.xlsx")

@@ -12,7 +12,7 @@ from pipelines.errors import UserError
 from trainer import TrainConfig, chart, report
 from trainer.chart import Series
 from trainer.journal import Journal
-from trainer.report import spent
+from trainer.report import spent, working
 from trainer.run_folder import RunFolder
 
 NASTY = "<script>alert('x')</script>"
@@ -56,7 +56,7 @@ def test_a_page_says_what_the_journal_does(tmp_path):
     path = report.write(write_run(tmp_path / "shown", size=0.2))
     page = path.read_text()
     assert path == tmp_path / "shown/report.html"
-    assert "Error <b>17.9%</b>: 61 of 341 validation images, after 4 epochs on 1,000 images in 6 min 51 s." in page
+    assert "Error <b>17.9%</b>: 61 of 341 validation images, after 4 epochs on 1,000 images in 0 s." in page
     assert page.count('<tr><td class="text">') == 2  # what happened: the warning, and the new start
     assert "Started on 2 workers, from step 50." in page
     assert "It got worse after epoch 2." in page
@@ -96,6 +96,15 @@ def test_several_runs_are_held_against_each_other(tmp_path):
     differences = page.split("Settings that differ")[1].split("Learning")[0]
     assert re.findall(r"<tr><td>(\w+)</td>", differences) == ["lr", "mixup"]
     assert page.count("17.9%") == 2 and page.count("<svg") == 2
+    twins = [RunFolder(tmp_path / "one"), write_run(tmp_path / "other/one")]
+    assert report.compare(twins, tmp_path / "comparison.html").read_text().count("17.9%") == 2
+
+
+def test_half_a_picture_is_none(tmp_path):
+    folder = write_run(tmp_path / "shown", size=0.2)
+    whole = folder.figure("show_batch").read_bytes()
+    folder.figure("show_batch").write_bytes(whole[: len(whole) // 2])
+    assert report.write(folder).read_text().count("data:image/webp;base64,") == 3
 
 
 def test_a_chart_is_drawn_to_scale_and_leaves_out_what_is_no_number():
@@ -118,9 +127,11 @@ def test_ticks_are_round_and_span_what_is_shown():
 
 
 def test_time_goes_to_whatever_ended_at_each_event():
-    kinds = [("run", 0), ("range_step", 3), ("range_result", 4), ("step", 6), ("step", 7), ("epoch", 17), ("run", 20)]
-    told = dict(spent([{"event": kind, "time": seconds} for kind, seconds in kinds]))
-    assert told == {"range test": 4, "training steps": 3, "validation, checkpoints, pictures": 10, "starts": 3}
+    kinds = [("run", 0), ("range_step", 3), ("range_result", 4), ("step", 6), ("step", 7), ("epoch", 17)]
+    kinds += [("run", 50_000), ("step", 50_002)]  # stopped over night
+    events = [{"event": kind, "time": seconds} for kind, seconds in kinds]
+    assert dict(spent(events)) == {"range test": 4, "training steps": 5, "validation, checkpoints, pictures": 10}
+    assert working(events) == 19
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to show the page in")
