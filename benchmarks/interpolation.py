@@ -242,6 +242,7 @@ METRICS = {
     "power of the finest detail ÷ ideal's": lambda picture_HWC, ideal_HWC: float(_finest(picture_HWC, ideal_HWC)),
 }
 CHAIN = "one warp, dB", "one by one, dB", "gap, dB"
+WHOLE = "PSNR, padding too, dB"
 DIFFERENCE, PADDED, COST = "ours − this, dB", "padding, % of pixels", "core-ms"
 
 
@@ -315,6 +316,7 @@ def measure(
             own_33 = outcome.ideal_from_output_33
             its_HWC = ideal_HWC if own_33 is None else oracle.ideal(image_HWC, own_33, size)[0]
             note(name, np.where(unfit_HW1, its_HWC, outcome.picture_HWC), its_HWC)
+            cells.setdefault((name, WHOLE), []).append(oracle.psnr(outcome.picture_HWC, its_HWC))
             example.setdefault(name, outcome.picture_HWC)
             cells.setdefault((name, PADDED), []).append(100 * float(outcome.padded_HW.mean()))
             cells.setdefault((name, COST), []).append(cost)
@@ -322,7 +324,7 @@ def measure(
     figures = [
         Figure(row=row, column=column, samples=samples, centre="mean") for (row, column), samples in cells.items()
     ]
-    columns = [*METRICS, DIFFERENCE, PADDED, COST]
+    columns = [*METRICS, DIFFERENCE, PADDED, WHOLE, COST]
     spectra = {name: np.mean(power_NF, axis=0) for name, power_NF in powers.items()}
     ordered = sorted(figures, key=lambda figure: columns.index(figure.column))
     return ordered, per_sides, Seen(example=example, spectra=spectra, left_out=float(np.mean(left_out)))
@@ -368,8 +370,9 @@ def main(options: InterpolationOptions) -> Record:
         remarks=(
             f"The ideal is the mean of {min(per_sides)}² to {max(per_sides)}² bicubic samples a pixel.",
             "fastai's crops fall on whole pixels: it is held against an ideal moved likewise.",
-            f"Pixels where any way shows padding, and their neighbours ({100 * seen.left_out:.1f}%), count for none: "
-            "presizing, fastai and the chain cut the square first and mirror what one warp still reads.",
+            f"Pixels where any way shows padding, and their neighbours ({100 * seen.left_out:.1f}%), count for none, "
+            "but in the column that says so: presizing, fastai and the chain cut the square first and mirror what "
+            "one warp reads.",
             "Transforms in a row are each a rotation of up to "
             f"{chained.ANGLE:g}°, a zoom of up to {chained.ZOOM:g} and a tilt of up to {chained.TILT:g} ({len(few)} "
             "photographs).",
