@@ -15,7 +15,7 @@ from benchmarks.nodes import HERE, Host
 from benchmarks.processes import MARK
 from trainer.journal import read
 
-PATIENCE = 180  # seconds; nothing that is waited for should take half of it
+PATIENCE = 420  # seconds; where a machine is quiet nothing that is waited for takes a tenth of it
 
 
 def _words(

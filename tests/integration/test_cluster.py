@@ -71,7 +71,7 @@ def test_nodes_leave_and_come_and_no_batch_is_lost(long_set, tmp_path, temporary
             # One that is told to go gives time for a checkpoint, and no step is done twice.
             first.process.send_signal(signal.SIGTERM)
             wait_for(lambda: moves(run, 4, 1), process)
-            told = process.communicate(timeout=4 * PATIENCE)[0]  # most of the steps are done here
+            told = process.communicate(timeout=2 * PATIENCE)[0]  # most of the steps are done here
         assert process.returncode == 0, told
         assert "on 1 worker\n" in told and "on 2 workers\n" in told
         # Nor where a machine comes: its workers begin at a checkpoint.
