@@ -29,6 +29,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from benchmarks.first import first_model
 from benchmarks.interpolation import UNLIT, presized
 from benchmarks.record import Figure, Options, Record, open_data
 from pipelines import Centre, Loader, Samples
@@ -36,7 +37,7 @@ from pipelines.decode import Decoder
 from pipelines.geometry import Draws
 from pipelines.loader import Batch
 from pipelines.preview import repeat
-from trainer import evaluate, models, optim, schedule, weights
+from trainer import evaluate, models, optim, schedule
 from trainer.journal import Journal
 from trainer.loop import Learner, train_epoch
 from trainer.position import Position
@@ -149,9 +150,7 @@ def trained(options: AccuracyOptions, train: Samples, classes: int, name: str, s
     """A model fine-tuned on images of the way `name`."""
     statistics = models.statistics(options.model)
     torch.manual_seed(seed)
-    model = models.build(options.model, head="fastai", classes=classes, size=options.size)
-    if weights.packaged(options.model) is not None:
-        weights.load(model, options.model, size=options.size, pretrained=True, weights=None)
+    model = first_model(options.model, head="fastai", classes=classes, size=options.size)
     model = model.ordered(torch.channels_last)
     learner = Learner(
         model=model,

@@ -24,13 +24,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.first import first_model
 from benchmarks.overhead import InMemory
 from benchmarks.record import Figure, Options, Record, open_data
 from pipelines import Augment, Loader, Samples, pack
 from pipelines.errors import UserError
 from pipelines.loader import Batch
 from pipelines.manifest import Manifest
-from trainer import models, optim, precision, schedule, weights
+from trainer import models, optim, precision, schedule
 from trainer.journal import Journal, read
 from trainer.loop import Learner, train_epoch
 from trainer.position import Position
@@ -154,9 +155,7 @@ class Training:
         numbers = precision.resolve(setting.precision, ranks.device)
         numbers.set_tf32()
         classes = len(setting.samples.classes)
-        model = models.build(options.model, head="fastai", classes=classes, size=options.size)
-        if weights.packaged(options.model) is not None:
-            weights.load(model, options.model, size=options.size, pretrained=True, weights=None)
+        model = first_model(options.model, head="fastai", classes=classes, size=options.size)
         model = model.to(device=ranks.device).ordered(torch.channels_last)
         optimizer = optim.build(model, 0.01, options.size)
         self._learner = Learner(model=model, optimizer=optimizer, precision=numbers, ranks=ranks)

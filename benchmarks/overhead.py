@@ -32,6 +32,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
+from benchmarks.first import first_model
 from benchmarks.record import Figure, Options, Record, open_data
 from benchmarks.spawned import on_ranks, together
 from pipelines import Augment, Loader, Samples
@@ -160,10 +161,7 @@ def take_turns(options: OverheadOptions, samples: Samples, ranks: Ranks, folder:
         device_id=ranks.local_rank,
     )
     block, warm_up = InMemory(loader, options.steps), InMemory(loader, _WARM_UP)
-    first = models.build(options.model, head=options.head, classes=len(samples.classes), size=options.size)
-    weights.load(
-        first, options.model, size=options.size, pretrained=weights.packaged(options.model) is not None, weights=None
-    )
+    first = first_model(options.model, head=options.head, classes=len(samples.classes), size=options.size)
     first = first.to(device=device).to(memory_format=torch.channels_last)
     (phase,) = schedule.fine_tune(
         base_lr=2 * _PEAK,

@@ -30,12 +30,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from benchmarks.first import first_model
 from benchmarks.overhead import InMemory
 from benchmarks.record import Figure, Options, Record, open_data
 from benchmarks.spawned import on_ranks, together
 from pipelines import Augment, Loader, Samples
 from pipelines.errors import UserError
-from trainer import models, optim, schedule, weights
+from trainer import models, optim, schedule
 from trainer.journal import Journal
 from trainer.loop import Learner, train_epoch
 from trainer.position import Position
@@ -174,15 +175,13 @@ def _reduced(ranks: Ranks, size: int) -> Iterator[tuple[int, list[float]]]:
             dist.all_reduce(tensor)
             if tensor.is_cuda:
                 torch.cuda.synchronize()
-            together_again = time.perf_counter() - started
-            times.append(max(ranks.gather([together_again])))
+            took = time.perf_counter() - started
+            times.append(max(ranks.gather([took])))
         yield count, times[2:]
 
 
 def _model(options: ScalingOptions, classes: int) -> models.Classifier:
-    model = models.build(options.model, head="plain", classes=classes, size=options.size)
-    if weights.packaged(options.model) is not None:
-        weights.load(model, options.model, size=options.size, pretrained=True, weights=None)
+    model = first_model(options.model, head="plain", classes=classes, size=options.size)
     return model.to(memory_format=torch.channels_last)
 
 

@@ -49,11 +49,12 @@ def find_rate(config: Flags) -> None:
 def main() -> None:
     """Entry point: a user's mistake is one paragraph and exit code 2, Ctrl-C is 130."""
     try:
-        if sys.argv[1:2] == ["bench"]:
-            bench.main(sys.argv[2:])
+        verb, words = sys.argv[1:2], sys.argv[2:]
+        if verb == ["bench"]:
+            bench.main(words)
             return
-        if sys.argv[1:2] == ["doctor"] and not "".join(sys.argv[2:3]).startswith("-") and sys.argv[2:]:
-            bench.measure("bottleneck", ["--data", *sys.argv[2:]], "onewarp doctor")
+        if verb == ["doctor"] and words and not words[0].startswith("-"):  # of a folder
+            bench.measure("bottleneck", ["--data", *words], "onewarp doctor")
             return
         tyro.extras.subcommand_cli_from_dict(
             {

@@ -75,6 +75,18 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.strip()]
 
 
+def of_run(path: Path) -> list[dict[str, Any]]:
+    """All whole events of the journal of a run that has begun.
+
+    Raises:
+        UserError: there is none.
+    """
+    events = read(path)
+    if not any(event["event"] == "run" for event in events):
+        raise UserError(f"{path.parent} holds no run that has begun. Name a folder under runs/.")
+    return events
+
+
 def follow(path: Path, stop: threading.Event, poll: float = 0.1, offset: int = 0) -> Iterator[dict[str, Any]]:
     """Events from byte `offset` on as they are written; ends when `stop` is set and the journal is read to its end."""
     rest = b""

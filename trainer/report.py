@@ -10,7 +10,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pipelines.errors import UserError
 from trainer import chart, journal, page
 from trainer.chart import Series
 from trainer.config import TrainConfig, flat
@@ -37,18 +36,11 @@ def compare(folders: Sequence[RunFolder], path: Path) -> Path:
     return page.write(path, "Runs compared", _of_runs(folders))
 
 
-def _events(folder: RunFolder) -> list[Event]:
-    events = journal.read(folder.journal)
-    if not any(event["event"] == "run" for event in events):
-        raise UserError(f"{folder.path} holds no run that has begun. Name a folder under runs/.")
-    return events
-
-
 # ---- One run
 
 
 def _of_run(folder: RunFolder) -> Iterable[str]:
-    events = _events(folder)
+    events = journal.of_run(folder.journal)
     runs = [event for event in events if event["event"] == "run" and event["command"] == "train"]
     run = (runs or [event for event in events if event["event"] == "run"])[-1]
     finished = next((event for event in reversed(events) if event["event"] == "finished"), None)
@@ -289,7 +281,7 @@ def _settings(run: Event) -> str:
 
 def _of_runs(folders: Sequence[RunFolder]) -> Iterable[str]:
     same = len({folder.path.name for folder in folders}) < len(folders)
-    told = {str(folder.path) if same else folder.path.name: _events(folder) for folder in folders}
+    told = {str(folder.path) if same else folder.path.name: journal.of_run(folder.journal) for folder in folders}
     runs = {name: [e for e in events if e["event"] == "run"][-1] for name, events in told.items()}
     yield "<h1>Runs compared</h1>"
     rows = []

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipelines.errors import UserError
 from trainer import journal
 from trainer.run_folder import RunFolder
 
@@ -212,9 +211,7 @@ def replay(folder: RunFolder, mode: TrackingMode, warnings: Callable[[str], None
     Raises:
         UserError: there is no run.
     """
-    events = journal.read(folder.journal)
-    if not any(event["event"] == "run" for event in events):
-        raise UserError(f"{folder.path} holds no run that has begun. Name a folder under runs/.")
+    events = journal.of_run(folder.journal)
     tracker = Tracker(folder.path, mode, warnings=warnings)
     for event in itertools.dropwhile(lambda event: event["event"] != "run", events):
         tracker.on(event)
