@@ -46,14 +46,14 @@ def evaluate(config: tyro.conf.OmitArgPrefixes[Evaluate]) -> None:
 def predict(config: tyro.conf.OmitArgPrefixes[Predict]) -> None:
     """Apply a trained run to any folder of images, and write a table: for each the best classes and probabilities.
 
-    Files that cannot be read are named and left out. All GPUs or CPU cores share the images.
+    RUN may be an export. Files that cannot be read are named and left out. All GPUs or CPU cores share the images.
     """
-    from trainer import predicting  # which takes seconds
+    from trainer import predicting, predictions  # which take a second
 
     console = Console()
     with _interruptible():
         result = predicting.predict(config, console)
-    predicting.summary(result, console)
+    predictions.summary(result, console)
 
 
 @contextmanager

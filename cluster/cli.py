@@ -11,6 +11,7 @@ from rich.console import Console
 from cluster import bench
 from cluster.apply import evaluate, predict
 from cluster.doctor import doctor
+from cluster.export import check_export, export
 from cluster.look import show_batch, summarise
 from cluster.pack import pack
 from cluster.report import report
@@ -62,6 +63,8 @@ def main() -> None:
                 "lr-find": find_rate,
                 "evaluate": evaluate,
                 "predict": predict,
+                "export": export,
+                "check-export": check_export,
                 "scan": scan,
                 "pack": pack,
                 "show-batch": show_batch,

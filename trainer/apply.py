@@ -30,11 +30,12 @@ from pipelines.loader import Loader
 from pipelines.manifest import Samples
 from pipelines.plan import TEST_TIME_EPOCH, rank_slice
 from pipelines.standin import Spoiled
-from trainer import journal, predictions
+from trainer import journal
 from trainer.bar import counted
 from trainer.crew import Crew
 from trainer.journal import Journal
 from trainer.metrics import places
+from trainer.predictions import BEST
 from trainer.ranks import Ranks, Report
 from trainer.starting import default_workers, launcher
 from trainer.trained import Trained
@@ -63,7 +64,7 @@ class Scores:
     positions_N: np.ndarray
     """Their places in the set: all of them, but those whose files have gone bad since the scan."""
     best_NK: np.ndarray
-    """The most probable classes, int64, most probable first; see `predictions.best`."""
+    """The most probable classes, int64, most probable first; see `best`."""
     probabilities_NK: np.ndarray
     """Their probabilities, float64."""
     losses_N: np.ndarray | None
@@ -150,7 +151,7 @@ def _part(task: Task, ranks: Ranks, tell: Callable[[int, int], None]) -> Scores:
             done += len(steps)
         whole_R = seen_R == len(views)  # a file that has gone bad on the way is no longer read
         table_NC, positions_N = table_RC[whole_R.to(device)], positions_R[whole_R.numpy()]
-        columns = [*predictions.best(table_NC)]
+        columns = [*best(table_NC)]
         if labelled:
             labels_N = torch.from_numpy(samples.labels_N[positions_N]).to(device)
             columns += [loss.each(loss.logits(table_NC), labels_N), places(table_NC, labels_N)]
@@ -165,6 +166,15 @@ def _part(task: Task, ranks: Ranks, tell: Callable[[int, int], None]) -> Scores:
         places_N=places_N,
         spoiled=tuple({bad.id: bad for loader, _, _ in views for bad in loader.spoiled}.values()),
     )
+
+
+def best(probabilities_NC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The K = min(5, C) most probable classes, int64 [N, K], most probable first, and their probabilities, [N, K].
+
+    Of equal probabilities the lower class comes first, on any device.
+    """
+    sorted_NC, order_NC = probabilities_NC.sort(dim=1, descending=True, stable=True)
+    return order_NC[:, :BEST], sorted_NC[:, :BEST]
 
 
 def _blocks(loader: Loader, rows: int) -> list[range]:

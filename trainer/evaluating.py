@@ -28,7 +28,7 @@ from trainer.evaluate import Judgement
 from trainer.images import resolve_data
 from trainer.interpret import confusion_matrix, most_confused
 from trainer.metrics import ClassMetrics, Metrics
-from trainer.predicting import describe, list_left_out, tell_left_out
+from trainer.predictions import list_left_out, tell_left_out
 from trainer.ranks import Ranks
 from trainer.run_folder import RunFolder, absolute, printable, slug, write_atomic
 from trainer.starting import check_workers
@@ -70,7 +70,7 @@ def evaluate_run(config: EvaluateConfig, console: Console | None = None) -> Eval
     check_workers(config.workers or 0)
     name = slug(Path(config.data or trained.config.data).name)
     out = trained.path / f"evaluation-{name}" if config.out is None else absolute(config.out)
-    describe(trained, config.tta, console)
+    trained.describe(config.tta, console)
     with _folder(out), scratch_in(out, "--out") as scratch:
         chosen = _labelled(config, trained, manifest, console)
         chosen.tell(console)

@@ -20,9 +20,6 @@ import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 
-NONE = -1
-"""The class of an image that is none of the classes."""
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Loss(ABC):
@@ -101,8 +98,8 @@ class Focal(Loss):
 class OneVsRest(Loss):
     """Binary cross-entropy of each class against all others, summed over the classes.
 
-    Each class decides for itself, so that all of them can decline: see `decide`. The weight of a sample's class counts
-    for all its C decisions (Cui et al., 2019, sec. 4).
+    Each class decides for itself, so that all of them can decline: see `predictions.decide`. The weight of a sample's
+    class counts for all its C decisions (Cui et al., 2019, sec. 4).
     """
 
     def each(self, logits_NC: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -131,16 +128,6 @@ def named(kind: str, *, focal_gamma: float, smoothing: float = 0.0, weights_C: t
     if kind == "focal":
         return Focal(gamma=focal_gamma, **common)
     return {"cross-entropy": CrossEntropy, "one-vs-rest": OneVsRest}[kind](**common)
-
-
-def decide(probabilities_NC: torch.Tensor, threshold: float = 0.0) -> torch.Tensor:
-    """The most probable class of each sample, int64 [N]; `NONE` where not even that one reaches the threshold.
-
-    After `OneVsRest` 0.5 is the natural threshold: no class says yes. Over a softmax the largest probability is a
-    common measure of doubt too, but an image of no class can still be a confident one of some class.
-    """
-    confidence_N, predicted_N = probabilities_NC.max(dim=1)
-    return predicted_N.where(confidence_N >= threshold, NONE)
 
 
 def class_weights(

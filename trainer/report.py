@@ -264,7 +264,11 @@ def _how_to_go_on(folder: RunFolder, run: Event, finished: Event | None) -> str:
         name = html.escape(folder.path.name)
         words = f"The same command with <code>--name {name}</code> goes on from its last checkpoint."
         return f"<h2>How to go on</h2><p>{words}</p>"
-    lines = [f"onewarp evaluate {place} --data DIR", f"onewarp predict {place} DIR --out predictions.csv"]
+    lines = [
+        f"onewarp evaluate {place} --data DIR",
+        f"onewarp predict {place} DIR --out predictions.csv",
+        f"onewarp export {place}",
+    ]
     return f"<h2>How to go on</h2><pre>{chr(10).join(lines)}</pre>"
 
 

@@ -9,6 +9,7 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
+from rich.console import Console
 
 from pipelines.errors import UserError, first_line
 from pipelines.geometry import Augment, Centre
@@ -32,6 +33,18 @@ class Trained:
     config: TrainConfig
     classes: tuple[str, ...]
     weights: Path
+
+    @property
+    def threshold(self) -> float:
+        """What the best class must reach, for an image not to be none of the classes."""
+        return 0.5 if self.config.loss == "one-vs-rest" else 0.0
+
+    def describe(self, tta: int, console: Console) -> None:
+        """Say which model is applied."""
+        config = self.config
+        words = f"{config.model}, {config.size} px, {len(self.classes)} classes, weights {self.weights.name}"
+        views = f", {tta} augmented readings an image" if tta else ""
+        console.print(f"run       {self.path}: {words}{views}", highlight=False, markup=False, soft_wrap=True)
 
     def model(self, ranks: Ranks) -> Classifier:
         """The model with its weights, on this rank's device, in evaluation mode.

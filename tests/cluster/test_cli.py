@@ -6,7 +6,7 @@ import sys
 import pytest
 from PIL import Image
 
-VERBS = ("train", "lr-find", "evaluate", "predict", "scan", "pack", "show-batch", "summary")
+VERBS = ("train", "lr-find", "evaluate", "predict", "export", "check-export", "scan", "pack", "show-batch", "summary")
 VERBS += ("report", "wandb-sync", "doctor", "bench")
 
 
@@ -30,7 +30,13 @@ def test_help_reads(onewarp, tmp_path, words):
     told = onewarp(*words)
     assert told.returncode == 0
     words_of_its_own = {"--help": f"{{{','.join(VERBS)}}}", "predict": "--threshold", "doctor": "--cluster"}
-    words_of_its_own |= {"report": "--out", "wandb-sync": "--wandb", "bench": "loaders"}
+    words_of_its_own |= {
+        "export": "--to",
+        "check-export": "--limit",
+        "report": "--out",
+        "wandb-sync": "--wandb",
+        "bench": "loaders",
+    }
     assert words_of_its_own.get(words[0], "--label-regex") in told.stdout
     assert list(tmp_path.iterdir()) == []
 

@@ -36,12 +36,11 @@ from trainer import (
     fine_tune,
     models,
     predict,
-    predicting,
+    predictions,
 )
 from trainer.evaluate import judge
 from trainer.journal import read
 from trainer.losses import CrossEntropy, Focal, OneVsRest
-from trainer.predictions import best
 from trainer.ranks import Ranks
 from trainer.trained import Trained, open_run
 
@@ -137,7 +136,7 @@ def test_predictions_are_those_of_the_model_on_central_squares(run, unlabelled, 
     files = sorted(unlabelled.rglob("*.png"), key=lambda file: str(file.relative_to(unlabelled)))
     assert list(result.paths) == [str(file.relative_to(unlabelled)) for file in files]
     expected_NC = by_hand(run, files)
-    best_NK, probabilities_NK = (column.numpy() for column in best(expected_NC))
+    best_NK, probabilities_NK = (column.numpy() for column in apply.best(expected_NC))
     assert np.abs(result.probabilities_NK - probabilities_NK).max() < 3e-3
     assert np.array_equal(result.best_NK[:, 0], best_NK[:, 0])
     assert len(set(result.predicted)) > 1  # not a dead model's
@@ -316,7 +315,7 @@ def test_bad_files_are_named_and_all_others_predicted(run, tmp_path, quiet):
     assert all(words in left_out[path] for path, words in hostile.bad.items())
     listed = (tmp_path / "p-quarantine.txt").read_text().splitlines()
     assert dict(line.split("\t") for line in listed) == left_out
-    predicting.summary(result, quiet)
+    predictions.summary(result, quiet)
     told = quiet.file.getvalue()
     assert f"left out  {len(hostile.bad)} files, all named in {tmp_path}/p-quarantine.txt" in told
     assert f"images    {len(hostile.good)}\n" in told
@@ -369,7 +368,7 @@ def test_below_the_threshold_an_image_is_none_of_the_classes(run, changed, unlab
     assert doubted.predicted == expected
     assert 8 < expected.count(None) < 14
     assert [row["predicted"] for row in rows(tmp_path / "p.csv")] == [name or "" for name in expected]
-    predicting.summary(doubted, quiet)
+    predictions.summary(doubted, quiet)
     assert f"{expected.count(None)}  none of the classes: the best is less probable than" in quiet.file.getvalue()
     # One against the rest: each class says for itself whether it is there, and 0.5 is where it says no.
     free = ours(changed(loss="one-vs-rest"), unlabelled, tmp_path, quiet)
@@ -378,7 +377,7 @@ def test_below_the_threshold_an_image_is_none_of_the_classes(run, changed, unlab
     assert free.threshold == 0.5
     assert [name is None for name in free.predicted] == (free.probabilities_NK[:, 0] < 0.5).tolist()
     odds_NK = np.log(free.probabilities_NK / (1 - free.probabilities_NK))  # these are the logits
-    gaps_N = torch.log(best(softmax_NC)[1][:, 0] / best(softmax_NC)[1][:, 1]).numpy()
+    gaps_N = torch.log(apply.best(softmax_NC)[1][:, 0] / apply.best(softmax_NC)[1][:, 1]).numpy()
     assert odds_NK[:, 0] - odds_NK[:, 1] == pytest.approx(gaps_N, abs=0.03)
 
 

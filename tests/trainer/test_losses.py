@@ -7,10 +7,16 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from trainer.losses import NONE, CrossEntropy, Focal, OneVsRest, class_weights, decide
+from trainer.apply import best
+from trainer.losses import CrossEntropy, Focal, OneVsRest, class_weights
+from trainer.predictions import NONE, decide
 
 N, C = 12, 5
 LOSSES = [CrossEntropy(), Focal(), OneVsRest()]
+
+
+def decided(probabilities_NC, threshold=0.0):
+    return decide(*(part.numpy() for part in best(probabilities_NC)), threshold)
 
 
 @pytest.fixture
@@ -128,9 +134,9 @@ def test_one_against_the_rest_can_say_none_of_these():
     logits_NC = torch.tensor([[-3.0, -2.0, -4.0], [-3.0, 1.0, 2.0], [-1.0, 0.0, -1.0], [30.0, 35.0, 25.0]])
     probabilities_NC = OneVsRest().probabilities(logits_NC)
     assert probabilities_NC.numpy() == pytest.approx(1 / (1 + np.exp(-logits_NC.double().numpy())), rel=1e-12)
-    assert decide(probabilities_NC, 0.5).tolist() == [NONE, 2, 1, 1]
-    assert decide(probabilities_NC, 0.6).tolist() == [NONE, 2, NONE, 1]
-    assert decide(probabilities_NC).tolist() == [1, 2, 1, 1]
+    assert decided(probabilities_NC, 0.5).tolist() == [NONE, 2, 1, 1]
+    assert decided(probabilities_NC, 0.6).tolist() == [NONE, 2, NONE, 1]
+    assert decided(probabilities_NC).tolist() == [1, 2, 1, 1]
 
 
 def test_a_model_learns_to_decline_what_it_was_never_shown():
@@ -147,7 +153,7 @@ def test_a_model_learns_to_decline_what_it_was_never_shown():
         (OneVsRest().total(layer(features(points_N2)), labels_N) / 300).backward()
         optimizer.step()
     with torch.no_grad():
-        known_N = decide(OneVsRest().probabilities(layer(features(points_N2))), 0.5)
-        strange_N = decide(OneVsRest().probabilities(layer(features(points_N2 + 40))), 0.5)
-    assert (known_N == labels_N).double().mean() > 0.9
+        known_N = decided(OneVsRest().probabilities(layer(features(points_N2))), 0.5)
+        strange_N = decided(OneVsRest().probabilities(layer(features(points_N2 + 40))), 0.5)
+    assert (known_N == labels_N.numpy()).mean() > 0.9
     assert (strange_N == NONE).all()

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from pipelines.errors import UserError
+from trainer.apply import best
 from trainer.apply_config import check_table
-from trainer.losses import decide
-from trainer.predictions import best, write
+from trainer.predictions import decide, write
 
 # Names that a CSV must quote, or that are no text at all.
 CLASSES = ["cat", 'a "dog"', "fox, red", "two\nlines", "owl", "emu", "gnu"]
@@ -24,13 +24,13 @@ def drawn():
 
 
 def table(path, probabilities_NC, classes=CLASSES, threshold=0.0):
-    best_NK, probabilities_NK = best(probabilities_NC)
+    best_NK, probabilities_NK = (part.numpy() for part in best(probabilities_NC))
     write(
         path,
         paths=PATHS,
-        predicted_N=decide(probabilities_NC, threshold).numpy(),
-        best_NK=best_NK.numpy(),
-        probabilities_NK=probabilities_NK.numpy(),
+        predicted_N=decide(best_NK, probabilities_NK, threshold),
+        best_NK=best_NK,
+        probabilities_NK=probabilities_NK,
         classes=classes,
     )
     if path.suffix == ".parquet":

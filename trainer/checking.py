@@ -1,0 +1,302 @@
+"""`check-export`: does an exported model, with images read by other libraries, say what it said in training?
+
+Each way reads the images as the contract says, with what its library offers. A way whose library is not installed is
+named and left out. The first that is there is what the others are held against: DALI, by which validation was read.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from rich.console import Console
+
+from pipelines import preprocess
+from pipelines.errors import UserError
+from trainer.bar import counted
+from trainer.export_config import CheckExportConfig
+from trainer.exported import GOLDEN, Exported, batches, files_of
+from trainer.run_folder import absolute, printable
+
+AGREE = 1e-3  # of logits, as a share of the largest: arithmetic in another order
+LEVELS = 1.0  # of 255, on average: what another decoder or filter may differ by
+NAMED = 5  # images with another answer that are named
+
+Read = Callable[[Path, dict[str, Any]], np.ndarray]
+"""A file and the preprocessing part of a contract, to the model's input, float32 [3, size, size]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """What a model says of images that were read in one way, held against the first way."""
+
+    name: str
+    images: int
+    mean_levels: float
+    """Mean difference of the inputs' values, in levels of 255."""
+    max_levels: float
+    logits: float
+    """Largest difference of a logit."""
+    changed: tuple[str, ...]
+    """Images whose most probable class is another one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportCheck:
+    """What was found."""
+
+    golden_logits: float
+    """Largest difference of the golden outputs and what the model makes of the golden inputs."""
+    golden_scale: float
+    """Largest golden logit."""
+    golden_levels: dict[str, float]
+    """Mean difference of the golden inputs and what each way makes of the golden images, levels."""
+    ways: tuple[Way, ...]
+    skipped: dict[str, str]
+    """Ways that were left out, and why."""
+
+    @property
+    def troubles(self) -> list[str]:
+        """What does not agree, in words."""
+        found = []
+        if not self.golden_logits <= AGREE * max(1.0, self.golden_scale):
+            found.append(
+                f"of the golden inputs the model gives other outputs than when it was exported, by up to "
+                f"{self.golden_logits:.2g}: onnxruntime or torch computes otherwise here. Export again, or install "
+                "the version that it was exported with"
+            )
+        for name, levels in self.golden_levels.items():
+            if not levels <= LEVELS:
+                found.append(
+                    f"{name} reads the golden images otherwise than when they were exported, by {levels:.2f} levels on "
+                    "average: its decoder or its filter is another"
+                )
+        return found
+
+
+def check_export(config: CheckExportConfig, console: Console | None = None) -> ExportCheck:
+    """Read images in each way, and compare inputs, outputs and answers.
+
+    Raises:
+        UserError: the export or the images cannot be used.
+    """
+    console = console or Console()
+    exported = Exported.open(absolute(config.export))
+    preprocessing = exported.preprocessing
+    readers, skipped = _readers()
+    tensors = safetensors.numpy.load_file(exported.folder / exported.contract["golden"]["tensors"])
+    golden_NCHW, golden_NC = tensors["images_NCHW"], tensors["logits_NC"]
+    per_level_311 = _level(preprocessing)
+    golden_levels = {}
+    for name, read in readers.items():
+        images = [read(exported.folder / path, preprocessing) for path in exported.contract["golden"]["images"]]
+        golden_levels[name] = float((np.abs(np.stack(images) - golden_NCHW) / per_level_311).mean())
+    data = exported.folder / GOLDEN if config.data is None else absolute(config.data)
+    return ExportCheck(
+        golden_logits=float(np.abs(exported.logits(golden_NCHW) - golden_NC).max()),
+        golden_scale=float(np.abs(golden_NC).max()),
+        golden_levels=golden_levels,
+        ways=tuple(_compared(exported, readers, data, config.limit, console)),
+        skipped=skipped,
+    )
+
+
+def _level(preprocessing: dict[str, Any]) -> np.ndarray:
+    """What a level of 255 is worth in the model's input, float32 [3, 1, 1]."""
+    return (1 / (255 * np.array(preprocessing["std"], np.float32)))[:, None, None]
+
+
+def _compared(
+    exported: Exported, readers: dict[str, Read], data: Path, limit: int | None, console: Console
+) -> Iterator[Way]:
+    root, listing = files_of(data)
+    paths = sorted(listing.files)
+    if limit is not None and limit < len(paths):
+        paths = [paths[i * len(paths) // limit] for i in range(limit)]
+    first, *_ = readers
+    per_level_311 = _level(exported.preprocessing)
+    differences: dict[str, list[np.ndarray]] = {name: [] for name in readers}  # [mean, max] of each image
+    logits: dict[str, list[np.ndarray]] = {name: [] for name in readers}
+    names: list[str] = []
+
+    def each(path: Path) -> np.ndarray:
+        return np.stack([read(path, exported.preprocessing) for read in readers.values()])
+
+    with counted(console, f"Reading {data} in {len(readers)} ways") as progress:
+        for good, images_NWCHW, _ in batches(root, paths, each):
+            names += good
+            for way, name in enumerate(readers) if good else ():
+                off_NCHW = np.abs(images_NWCHW[:, way] - images_NWCHW[:, 0]) / per_level_311
+                differences[name].append(np.stack([off_NCHW.mean(axis=(1, 2, 3)), off_NCHW.max(axis=(1, 2, 3))]))
+                logits[name].append(exported.logits(np.ascontiguousarray(images_NWCHW[:, way])))
+            progress(len(names), len(paths))
+    if not names:
+        raise UserError(f"None of the {len(paths)} images in {str(data)!r} can be read in every way.")
+    reference_NC = np.concatenate(logits[first])
+    for name in readers:
+        mean_N, max_N = np.concatenate(differences[name], axis=1)
+        logits_NC = np.concatenate(logits[name])
+        other_N = logits_NC.argmax(axis=1) != reference_NC.argmax(axis=1)
+        yield Way(
+            name=name,
+            images=len(names),
+            mean_levels=float(mean_N.mean()),
+            max_levels=float(max_N.max()),
+            logits=float(np.abs(logits_NC - reference_NC).max()),
+            changed=tuple(names[i] for i in np.flatnonzero(other_N)),
+        )
+
+
+# ---- The ways
+
+
+def _readers() -> tuple[dict[str, Read], dict[str, str]]:
+    found: dict[str, Read] = {}
+    skipped = {}
+    for name, (package, make) in _WAYS.items():
+        try:
+            import_module(package)
+        except ImportError:
+            skipped[name] = f"not installed: {package}"
+        else:
+            found[name] = make()
+    return found, skipped
+
+
+def _dali() -> Read:
+    """The parts of the CPU's loader, one image at a time."""
+    from pipelines import geometry
+    from pipelines.decode import DecodeError, Decoder
+    from pipelines.graph import Shrinker
+    from pipelines.kernel import warp
+
+    own = threading.local()  # DALI's pipelines, which are one thread's
+
+    def read(path: Path, preprocessing: dict[str, Any]) -> np.ndarray:
+        if not hasattr(own, "decoder"):
+            own.decoder, own.shrinker = Decoder(1, 1), Shrinker(1)
+        try:
+            (image_HWC,) = own.decoder.run([path.read_bytes()])
+        except DecodeError as error:
+            del own.decoder  # one that has failed is finished
+            raise OSError(str(error)) from None
+        size, points = preprocessing["size"], _points(preprocessing)
+        centre = geometry.Centre(crop_pct=preprocessing["crop_pct"])
+        draws = geometry.draw(centre, np.zeros((1, geometry.UNIFORMS)))
+        height_1, width_1 = (np.array([length]) for length in image_HWC.shape[:2])
+        matrix_133 = geometry.compose(draws, height_1, width_1, points)
+        shrunk_12, matrix_133 = geometry.prefilter(matrix_133, height_1, width_1, points)
+        if shrunk_12.any():
+            (image_HWC,) = own.shrinker.run([image_HWC], shrunk_12.astype(np.float32))
+        mean_3, std_3 = (255.0 * np.array(preprocessing[name]) for name in ("mean", "std"))
+        out_SS3 = np.empty((size, size, 3), np.float32)
+        warp(image_HWC, matrix_133[0], mean_3, std_3, out_SS3, padding="reflect", points=points // size)
+        return out_SS3.transpose(2, 0, 1)
+
+    return read
+
+
+def _pillow() -> Read:
+    return preprocess.read
+
+
+def _torchvision() -> Read:
+    import torch
+    from torchvision.io import ImageReadMode, decode_image
+    from torchvision.transforms.v2 import functional
+
+    def read(path: Path, preprocessing: dict[str, Any]) -> np.ndarray:
+        try:
+            image_CHW = decode_image(str(path), ImageReadMode.RGB, apply_exif_orientation=True)
+        except (RuntimeError, ValueError) as error:
+            raise OSError(str(error)) from None
+        (height, width), points = image_CHW.shape[1:], _points(preprocessing)
+        side = preprocessing["crop_pct"] * min(height, width)
+        shrunk = preprocess.shrunk_size(height, width, side / points)
+        if shrunk != (height, width):
+            image_CHW = functional.resize(image_CHW.float(), list(shrunk), antialias=True).round()
+        # grid_sample's coordinates: -1 and 1 are the edges of the image.
+        y_P, x_P = (
+            torch.from_numpy((preprocess.centres(*axis, side, points) + 0.5) * 2 / axis[1] - 1)
+            for axis in zip((height, width), shrunk, strict=True)
+        )
+        grid_PP2 = torch.stack(torch.meshgrid(x_P, y_P, indexing="xy"), dim=-1).float()
+        square_1CPP = torch.nn.functional.grid_sample(
+            image_CHW[None].float(), grid_PP2[None], mode="bilinear", padding_mode="border", align_corners=False
+        )
+        return preprocess.normalised(_averaged(square_1CPP[0].permute(1, 2, 0).numpy(), preprocessing), preprocessing)
+
+    return read
+
+
+def _opencv() -> Read:
+    cv2: Any = import_module("cv2")
+
+    def read(path: Path, preprocessing: dict[str, Any]) -> np.ndarray:
+        image_HWC = cv2.imread(str(path), cv2.IMREAD_COLOR)
+        if image_HWC is None:
+            raise OSError("OpenCV cannot read it")
+        image_HWC = cv2.cvtColor(image_HWC, cv2.COLOR_BGR2RGB)
+        (height, width), points = image_HWC.shape[:2], _points(preprocessing)
+        side = preprocessing["crop_pct"] * min(height, width)
+        shrunk = preprocess.shrunk_size(height, width, side / points)
+        if shrunk != (height, width):  # OpenCV has no antialiased triangle; the mean over an area is the nearest
+            image_HWC = cv2.resize(image_HWC, shrunk[::-1], interpolation=cv2.INTER_AREA)
+        y_P, x_P = (
+            preprocess.centres(*axis, side, points).astype(np.float32)
+            for axis in zip((height, width), shrunk, strict=True)
+        )
+        map_x_PP, map_y_PP = np.meshgrid(x_P, y_P)
+        square_PPC = cv2.remap(image_HWC, map_x_PP, map_y_PP, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+        return preprocess.normalised(_averaged(square_PPC.astype(np.float32), preprocessing), preprocessing)
+
+    return read
+
+
+_WAYS: dict[str, tuple[str, Callable[[], Read]]] = {
+    "DALI": ("nvidia.dali", _dali),
+    "Pillow": ("PIL", _pillow),
+    "torchvision": ("torchvision", _torchvision),
+    "OpenCV": ("cv2", _opencv),
+}
+
+
+def _points(preprocessing: dict[str, Any]) -> int:
+    return preprocessing["size"] * (2 if preprocessing["quality"] == "high" else 1)
+
+
+def _averaged(square_PPC: np.ndarray, preprocessing: dict[str, Any]) -> np.ndarray:
+    """The mean of each 2 x 2 points where there are so many."""
+    size = preprocessing["size"]
+    return square_PPC.reshape(size, len(square_PPC) // size, size, -1, 3).mean(axis=(1, 3))
+
+
+# ---- In words
+
+
+def summary(found: ExportCheck, console: Console) -> None:
+    """What was found, as a table."""
+
+    def say(line: str, style: str = "") -> None:
+        console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
+
+    say(f"golden    outputs reproduced to {found.golden_logits:.2g}")
+    say("")
+    say(f"{'read by':12}  {'images':>7}  {'mean diff.':>10}  {'largest':>8}  {'logits':>8}  {'answers changed':>15}")
+    for way in found.ways:
+        numbers = f"{way.mean_levels:10.3f}  {way.max_levels:8.1f}  {way.logits:8.4f}  {len(way.changed):15,}"
+        say(f"{way.name:12}  {way.images:7,}  {numbers}")
+    say(f"differences from {found.ways[0].name}: of input values in levels of 255, of logits at most")
+    for way in found.ways:
+        for path in way.changed[:NAMED]:
+            say(f"changed   {way.name}: {printable(path)}")
+    for name, why in found.skipped.items():
+        say(f"left out  {name}: {why}", style="yellow")
+    for trouble in found.troubles:
+        say(f"trouble   {trouble}", style="red")
