@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
+import shlex
 import sys
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
-from cluster import bench
+from cluster import bench, help
 from cluster.apply import evaluate, predict
 from cluster.doctor import doctor
 from cluster.export import check_export, export
 from cluster.look import show_batch, summarise
+from cluster.output import Output
 from cluster.pack import pack
 from cluster.report import report
 from cluster.scan import scan
@@ -22,71 +26,104 @@ from trainer.config import TrainConfig
 from trainer.stopping import StoppedError
 
 Flags = Annotated[TrainConfig, tyro.conf.arg(name="")]
+Shown = Annotated[Output, tyro.conf.arg(name="")]
 
 
-def train(config: Flags) -> None:
+def train(config: Flags, output: Shown) -> None:
     """Fine-tune a classifier on a folder of images, on all GPUs or CPU cores of this machine.
 
     Scans the images, finds a learning rate, trains the head and then everything, validates after each epoch,
     and leaves plots, checkpoints, the journal and an offline wandb run in runs/<name>/.
     """
+    console = output.console()
     from trainer.job import fine_tune, summary  # which takes seconds
 
-    console = Console()
-    summary(fine_tune(config, console), config, console)
+    summary(fine_tune(config, console, output.on_event()), config, console)
 
 
-def find_rate(config: Flags) -> None:
+def find_rate(config: Flags, output: Shown) -> None:
     """Run the learning-rate range test alone, and plot its curve with suggested rates."""
+    console = output.console()
     from trainer.job import lr_find  # which takes seconds
 
-    console = Console()
-    found = lr_find(config, console)
+    found = lr_find(config, console, output.on_event())
     for method, lr in found.suggestions.items():
         console.print(f"{method:8s}  {lr:.2e}", highlight=False)
     console.print(f"plot      {found.folder / 'lr_find.png'}", highlight=False, soft_wrap=True)
 
 
+def completion(shell: tyro.conf.Positional[Literal["bash", "zsh", "fish", "tcsh"]]) -> None:
+    """Print what lets a shell complete verbs and flags: `source <(onewarp completion bash)`."""
+    tyro.extras.subcommand_cli_from_dict(VERBS, prog="onewarp", args=["--tyro-print-completion", shell])
+
+
+VERBS: dict[str, Callable[..., None]] = {
+    "train": train,
+    "lr-find": find_rate,
+    "evaluate": evaluate,
+    "predict": predict,
+    "export": export,
+    "check-export": check_export,
+    "scan": scan,
+    "pack": pack,
+    "show-batch": show_batch,
+    "summary": summarise,
+    "report": report,
+    "wandb-sync": wandb_sync,
+    "doctor": doctor,
+    "bench": bench.bench,
+    "completion": completion,
+}
+HELP = ("-h", "--help")
+
+
+def _act(words: Sequence[str]) -> None:
+    """Do what the words after `onewarp` say."""
+    console = Console()
+    if not words or words[0] in HELP:
+        help.verbs(VERBS, console)
+        return
+    verb, *rest = words
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        meant = f"Did you mean {near[0]}? " if near else ""
+        raise UserError(f"There is no verb {verb!r}. {meant}There are {', '.join(VERBS)}.")
+    if verb == "bench":
+        bench.main(rest)
+    elif verb == "doctor" and rest and not rest[0].startswith("-"):  # of a folder
+        bench.measure("bottleneck", ["--data", *rest], "onewarp doctor")
+    elif verb in help.LONG and set(HELP) & set(rest):
+        help.short(verb, VERBS[verb], console)
+    else:
+        args = ["--help" if verb in help.LONG and word == help.ALL else word for word in rest]
+        act: Callable[..., Any] = VERBS[verb]
+        tyro.cli(act, prog=f"onewarp {verb}", args=args)
+
+
+def _to_go_on(words: Sequence[str], name: str) -> str:
+    """The command that goes on with the run that `words` began."""
+    kept = [word for word in words if word != "--restart"]
+    if not any(word.partition("=")[0] == "--name" for word in kept):
+        kept += ["--name", name]
+    return shlex.join(["onewarp", *kept])
+
+
 def main() -> None:
     """Entry point: a user's mistake is one paragraph and exit code 2, Ctrl-C is 130."""
+    told = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    words = sys.argv[1:]
     try:
-        verb, words = sys.argv[1:2], sys.argv[2:]
-        if verb == ["bench"]:
-            bench.main(words)
-            return
-        if verb == ["doctor"] and words and not words[0].startswith("-"):  # of a folder
-            bench.measure("bottleneck", ["--data", *words], "onewarp doctor")
-            return
-        tyro.extras.subcommand_cli_from_dict(
-            {
-                "train": train,
-                "lr-find": find_rate,
-                "evaluate": evaluate,
-                "predict": predict,
-                "export": export,
-                "check-export": check_export,
-                "scan": scan,
-                "pack": pack,
-                "show-batch": show_batch,
-                "summary": summarise,
-                "report": report,
-                "wandb-sync": wandb_sync,
-                "doctor": doctor,
-                "bench": bench.bench,
-            },
-            prog="onewarp",
-            description="Distributed training of image classifiers: one warp an image, every rank fed.",
-        )
+        _act(words)
     except UserError as error:
-        Console(stderr=True).print(f"onewarp: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        told.print(f"onewarp: {error}", style="red")
         sys.exit(2)
     except StoppedError as stopped:
-        told = f"onewarp: {stopped}; the same command with the run's --name goes on from there"
-        Console(stderr=True).print(told, markup=False, highlight=False, soft_wrap=True)
+        told.print(f"onewarp: {stopped}")
+        if stopped.run is not None:
+            told.print(f"go on with  {_to_go_on(words, stopped.run)}")
         sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
-        told = "interrupted; the same command with the run's --name goes on from its last checkpoint"
-        Console(stderr=True).print(told)
+        told.print("interrupted; the same command with the run's --name goes on from its last checkpoint")
         sys.exit(130)
 
 

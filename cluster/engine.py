@@ -14,6 +14,7 @@ import time
 from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from cluster import environment
 
@@ -27,6 +28,8 @@ from pipelines.errors import UserError, first_line
 # In workers: loopback, what libraries leave goes with Ray's own (it kills them), and the key of wandb is not theirs.
 WORKERS = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "WANDB_API_KEY": ""}
 OBJECT_STORE_BYTES = 100 * 2**20  # workers share files, not objects
+VERBOSE = environment.VERBOSE in os.environ
+SAID: dict[str, Any] = {"log_to_driver": VERBOSE, "logging_level": logging.INFO if VERBOSE else logging.ERROR}
 ALONE = os.environ[environment.OTHERS] == "0"  # Ray was imported for this machine alone
 LOOPBACK = ("127.", "localhost", "[::1]")
 PATIENCE = 10.0  # seconds for its processes to end
@@ -56,8 +59,7 @@ def local(cpus: int) -> Generator[str]:
                 address="local",
                 num_cpus=cpus,
                 include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
+                **SAID,
                 object_store_memory=OBJECT_STORE_BYTES,
                 _temp_dir=scratch,
                 runtime_env={"env_vars": {**WORKERS, "TMPDIR": scratch}},
@@ -153,7 +155,7 @@ def joined(address: str) -> Generator[None]:
         )
     try:
         with _own_handlers():
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(address=address, **SAID)
     except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise UserError(
             f"--address {address}: Ray cannot join a cluster there ({first_line(error)}). Check it with `ray status`. "

@@ -2,6 +2,8 @@
 
 OTHERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": Ray listens on loopback alone; "1": it talks to other machines
 
+VERBOSE = "ONEWARP_VERBOSE"  # ours: Ray and the workers are to be heard
+
 QUIET = {
     OTHERS: "0",  # who joins a cluster says otherwise, first
     "RAY_ENABLE_AUTO_CONNECT": "0",  # who finds that Ray is gone must not start another

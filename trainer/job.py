@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
+import signal
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -51,8 +52,14 @@ class Result:
     """What the epochs say about overfitting; sentences."""
 
 
-def fine_tune(config: TrainConfig, console: Console | None = None) -> Result:
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+def fine_tune(config: TrainConfig, console: Console | None = None, on_event: OnEvent | None = None) -> Result:
     """Train as `config` says, on as many workers as it says, and return how it ended.
+
+    Args:
+        on_event: called with each new event of the journal, on another thread.
 
     Raises:
         UserError: something about the data, the model or the machine that a person can mend.
@@ -61,7 +68,7 @@ def fine_tune(config: TrainConfig, console: Console | None = None) -> Result:
     from trainer.best import Best
 
     started = time.time()
-    events, folder, manifest = _carry_out(config, "train", console or Console())
+    events, folder, manifest = _carry_out(config, "train", console or Console(), on_event)
     finished = next(event for event in reversed(events) if event["event"] == "finished")
     with suppress(UserError):  # a full storage; the run is what matters
         report.write(folder)
@@ -89,13 +96,16 @@ class LrFind:
     """Where the plot lies."""
 
 
-def lr_find(config: TrainConfig, console: Console | None = None) -> LrFind:
+def lr_find(config: TrainConfig, console: Console | None = None, on_event: OnEvent | None = None) -> LrFind:
     """Run the learning-rate range test alone, over all workers.
+
+    Args:
+        on_event: as of `fine_tune`.
 
     Raises:
         UserError: as `fine_tune`.
     """
-    events, folder, _ = _carry_out(config, "lr-find", console or Console())
+    events, folder, _ = _carry_out(config, "lr-find", console or Console(), on_event)
     steps = [event for event in events if event["event"] == "range_step"]
     result = next(event for event in reversed(events) if event["event"] == "range_result")
     return LrFind(
@@ -106,7 +116,9 @@ def lr_find(config: TrainConfig, console: Console | None = None) -> LrFind:
     )
 
 
-def _carry_out(config: TrainConfig, goal: Goal, console: Console) -> tuple[list[dict[str, Any]], RunFolder, Manifest]:
+def _carry_out(
+    config: TrainConfig, goal: Goal, console: Console, on_event: OnEvent | None
+) -> tuple[list[dict[str, Any]], RunFolder, Manifest]:
     config, caught, started = resolve_crew(config), [], time.time()
     check_batch(config)
     name = config.name or new_name(config.runs, absolute(Path(config.data)))
@@ -119,11 +131,13 @@ def _carry_out(config: TrainConfig, goal: Goal, console: Console) -> tuple[list[
         from trainer.prepare import prepare  # which takes seconds, while they start
 
         folder, manifest = prepare(config, console)
+        console.print(f"run       {folder.path}", highlight=False, markup=False, soft_wrap=True)
         if goal == "train" and any(event["event"] == "finished" for event in journal.read(folder.journal)):
             console.print(f"The run {folder.path.name} was finished before; this is how it ended.")
         else:
             offset = 0 if new else journal.whole(folder.journal)
-            with watched(folder, config.wandb, console, offset), listening(folder.stop, config.grace) as caught:
+            watching = watched(folder, config.wandb, console, offset, on_event)
+            with watching, listening(folder.stop, config.grace) as caught:
                 try:
                     workers.work()
                 except memory.OutOfMemoryError as error:
@@ -142,13 +156,18 @@ def _carry_out(config: TrainConfig, goal: Goal, console: Console) -> tuple[list[
     if events[-1]["event"] == "stopped" and events[begin]["time"] >= started:
         kept = [event["step"] for event in events if event["event"] == "checkpoint"]
         told = f"the last checkpoint is of step {kept[-1]}" if kept else "there is no checkpoint yet"
-        raise StoppedError(f"stopped after step {events[-1]['step']}; {told}", *caught[:1])
+        with suppress(UserError):
+            report.write(folder)
+        number = caught[0] if caught else signal.SIGTERM
+        raise StoppedError(f"stopped after step {events[-1]['step']}; {told}", number, run=name)
     return events[begin:], folder, manifest
 
 
 @contextmanager
-def watched(folder: RunFolder, wandb_mode: TrackingMode, console: Console, offset: int) -> Generator[None]:
-    """Show and track what is written to the journal from byte `offset` on, while the workers run."""
+def watched(
+    folder: RunFolder, wandb_mode: TrackingMode, console: Console, offset: int, on_event: OnEvent | None
+) -> Generator[None]:
+    """Show, track and tell what is written to the journal from byte `offset` on, while the workers run."""
     stop = threading.Event()
 
     with Progress(console) as progress:
@@ -163,7 +182,8 @@ def watched(folder: RunFolder, wandb_mode: TrackingMode, console: Console, offse
                 on(event)
 
         # Each reads for itself: a tracking server that does not answer must not hold up the display.
-        readers = [threading.Thread(target=tell, args=(reader.on,)) for reader in (progress, tracker)]
+        told = [progress.on, tracker.on, *([] if on_event is None else [on_event])]
+        readers = [threading.Thread(target=tell, args=(on,)) for on in told]
         for reader in readers:
             reader.start()
         try:

@@ -21,9 +21,10 @@ _leaving = threading.Event()
 class StoppedError(BaseException):
     """A signal ended the run before its end. Like KeyboardInterrupt it is for nobody on the way to take."""
 
-    def __init__(self, message: str, number: int = signal.SIGTERM) -> None:
+    def __init__(self, message: str, number: int = signal.SIGTERM, run: str | None = None) -> None:
         super().__init__(message)
         self.number = number
+        self.run = run  # its name, where it can be gone on with
 
     @property
     def exit_code(self) -> int:

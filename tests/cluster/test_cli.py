@@ -1,13 +1,20 @@
 """The command as a person types it."""
 
+import dataclasses
+import json
+import re
 import subprocess
 import sys
 
 import pytest
 from PIL import Image
 
-VERBS = ("train", "lr-find", "evaluate", "predict", "export", "check-export", "scan", "pack", "show-batch", "summary")
-VERBS += ("report", "wandb-sync", "doctor", "bench")
+from cluster import cli, help
+from cluster.bench import QUESTIONS
+from trainer import job, journal
+from trainer.stopping import StoppedError
+
+SCREEN = 45  # lines, of 100 columns
 
 
 def test_the_installed_command_answers(tmp_path):
@@ -24,21 +31,120 @@ def test_the_installed_command_answers(tmp_path):
 
 @pytest.mark.parametrize(
     "words",
-    [["--help"], *([verb, "--help"] for verb in VERBS)],
+    [
+        ["--help"],
+        [],
+        ["bench"],
+        *([verb, "--help"] for verb in cli.VERBS),
+        *(["bench", n, "--help"] for n in QUESTIONS),
+    ],
 )
-def test_help_reads(onewarp, tmp_path, words):
+def test_help_fits_a_screen(onewarp, tmp_path, words):
     told = onewarp(*words)
     assert told.returncode == 0
-    words_of_its_own = {"--help": f"{{{','.join(VERBS)}}}", "predict": "--threshold", "doctor": "--cluster"}
-    words_of_its_own |= {
+    assert 5 < len(told.stdout.splitlines()) <= SCREEN
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_all_verbs(onewarp):
+    lines = onewarp("--help").stdout.splitlines()
+    assert [line.split()[0] for line in lines if re.match("  [a-z]", line)] == list(cli.VERBS)
+
+
+def test_each_verb_tells_of_its_own_flags(onewarp):
+    own = {
+        "train": "--sizes",
+        "evaluate": "--tta",
+        "predict": "--threshold",
         "export": "--to",
         "check-export": "--limit",
+    }
+    own |= {"scan": "--near-duplicates", "pack": "--decoded", "show-batch": "--same", "summary": "--batch"}
+    own |= {
         "report": "--out",
         "wandb-sync": "--wandb",
-        "bench": "loaders",
+        "doctor": "--cluster",
+        "completion": "fish",
+        "check-export": "--limit",
     }
-    assert words_of_its_own.get(words[0], "--label-regex") in told.stdout
-    assert list(tmp_path.iterdir()) == []
+    for verb, flag in own.items():
+        assert flag in onewarp(verb, "--help").stdout
+
+
+@pytest.mark.parametrize("verb", help.LONG)
+def test_the_short_help_is_of_flags_that_are_there(onewarp, verb):
+    whole = onewarp(verb, "--help-all").stdout
+    assert len(whole.splitlines()) > SCREEN
+    for flags in help.LONG[verb][2].values():
+        for flag in flags:
+            assert f" --{flag.removesuffix('…')}" in whole
+    defaults = {field.name: field.default for field in dataclasses.fields(help.LONG[verb][0])}
+    short = onewarp(verb, "--help").stdout
+    assert f"pixels ({defaults['size']})" in short
+
+
+def test_a_verb_that_is_not_there(onewarp):
+    told = onewarp("trian")
+    assert told.returncode == 2
+    assert "There is no verb 'trian'. Did you mean train?" in told.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_is_a_script(onewarp, shell, tmp_path):
+    told = onewarp("completion", shell)
+    assert not told.returncode
+    for word in ("wandb-sync", "freeze-epochs"):
+        assert word in told.stdout
+    if shell == "bash":
+        subprocess.run(["bash", "-n"], input=told.stdout, text=True, check=True)
+
+
+TINY = [
+    "--model",
+    "test_convnext",
+    "--no-pretrained",
+    "--size",
+    "32",
+    "--batch",
+    "8",
+    "--workers",
+    "0",
+    "--wandb",
+    "off",
+]
+
+
+def test_events_are_lines_of_json(onewarp, small_set, tmp_path):
+    told = onewarp("train", "--data", small_set, "--epochs", 1, "--name", "a", "--json", *TINY)
+    assert told.returncode == 0, told.stderr
+    assert [json.loads(line) for line in told.stdout.splitlines()] == journal.read(tmp_path / "runs/a/journal.jsonl")
+
+
+def test_quiet_is_quiet(onewarp, small_set, tmp_path):
+    told = onewarp("lr-find", "--data", small_set, "--quiet", *TINY)
+    assert (told.returncode, told.stdout, told.stderr) == (0, "", "")
+    told = onewarp("train", "--data", "/nowhere", "--quiet")
+    assert told.returncode == 2 and "/nowhere" in told.stderr
+    told = onewarp("train", "--quiet", "--json")
+    assert told.returncode == 2 and "--quiet and --json" in told.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["train", "--data", "my images"], "onewarp train --data 'my images' --name run-1"),
+        (["train", "--name=a", "--restart", "--size", "64"], "onewarp train --name=a --size 64"),
+        (["train", "--name", "a"], "onewarp train --name a"),
+    ],
+)
+def test_a_stopped_run_tells_the_command_that_goes_on(onewarp, monkeypatch, words, answer):
+    def stopped(*_, **__):
+        raise StoppedError("stopped after step 7", 2, run="run-1")
+
+    monkeypatch.setattr(job, "fine_tune", stopped)
+    told = onewarp(*words)
+    assert told.returncode == 130
+    assert told.stderr.splitlines() == ["onewarp: stopped after step 7", f"go on with  {answer}"]
 
 
 @pytest.mark.parametrize(
