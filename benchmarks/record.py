@@ -8,7 +8,6 @@ import os
 import platform
 import shlex
 import statistics
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
@@ -20,6 +19,7 @@ import torch
 from pipelines import Manifest, scan
 from pipelines.datasets import named_dataset
 from pipelines.labels import Regex
+from trainer.version import commit
 
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "numpy", "pillow")
 
@@ -237,7 +237,7 @@ def environment(packages: Sequence[str] = ()) -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in dict.fromkeys((*PACKAGES, *packages))},
-        "commit": _git("rev-parse", "--short", "HEAD") + (" + changes" if _changed() else ""),
+        "commit": commit(),
     }
 
 
@@ -246,13 +246,3 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:  # another distribution has the same module
         return "unknown"
-
-
-def _changed() -> bool:
-    """Whether the code is not what was committed; records beside this one do not count."""
-    return bool(_git("status", "--porcelain", "--", ":(top)", ":(top,exclude)benchmarks/results"))
-
-
-def _git(*words: str) -> str:
-    done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip()

@@ -2,8 +2,26 @@
 
 import os
 import resource
+import subprocess
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+
+@contextmanager
+def small_disk(place: Path, megabytes: float) -> Generator[None]:
+    """A file system of so many MB at the folder `place`; skips where none can be mounted."""
+    words = ["mount", "-t", "tmpfs", "-o", f"size={round(1024 * megabytes)}k", "onewarp", str(place)]
+    try:
+        subprocess.run(words, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no file system can be mounted here: {error}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 @contextmanager

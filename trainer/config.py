@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
@@ -379,3 +380,19 @@ def flat(settings: dict[str, Any]) -> dict[str, Any]:
     for name, value in settings.items():
         flat |= {f"{name}.{key}": below for key, below in value.items()} if isinstance(value, dict) else {name: value}
     return flat
+
+
+def flags(settings: dict[str, Any], without: Collection[str] = ()) -> list[str]:
+    """The command line's words for what differs from the defaults in `settings`, as of `as_dict` or of a journal."""
+    defaults, words = flat(TrainConfig().as_dict()), []
+    without = {*without, *(("size", "epochs") if settings.get("sizes") else ())}  # which --sizes says
+    for name, value in flat(settings).items():
+        value = tuple(value) if isinstance(value, list) else value
+        if name in without or name not in defaults or value == defaults[name] or value is None:
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *(value if isinstance(value, tuple) else [str(value)])]
+    return words

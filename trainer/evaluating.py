@@ -19,7 +19,7 @@ from rich.console import Console
 from pipelines.errors import UserError
 from pipelines.manifest import Manifest, Quarantined, Samples
 from pipelines.scanning import scan_to_apply
-from trainer import figures, predictions, top_losses
+from trainer import figures, predictions, worst
 from trainer.apply import Scores, apply, scratch_in
 from trainer.apply_config import EvaluateConfig
 from trainer.bar import counted
@@ -54,7 +54,7 @@ class Evaluation:
     left_out: tuple[Quarantined, ...]
     """Files that could not be read or have no label, and why."""
     folder: Path
-    """Where evaluation.json, predictions.csv, confusion.png and top_losses.png lie."""
+    """Where evaluation.json, predictions.csv, confusion.png, confused.png and top_losses.png lie."""
 
 
 def evaluate_run(config: EvaluateConfig, console: Console | None = None) -> Evaluation:
@@ -219,12 +219,14 @@ def _judged(config: EvaluateConfig, trained: Trained, chosen: _Chosen, scores: S
         "loss": result.loss,
         **asdict(result.metrics),
         "most_confused": result.most_confused,
+        "top_losses": worst.losses(judgement, samples.paths, classes),
     }
     try:
         figures.plot_confusion(out / "confusion.png", confusion_CC, classes)
         # A few pictures: read on the CPU, in this process.
         loader = trained.loader(samples, Ranks(), device=torch.device("cpu"))
-        top_losses.draw(out / "top_losses.png", loader, judgement, classes)
+        worst.draw_losses(out / "top_losses.png", loader, judgement, classes)
+        worst.draw_confused(out / "confused.png", loader, judgement, classes, result.most_confused)
         list_left_out(RunFolder(out).quarantine, result.left_out)
         predictions.write(
             out / "predictions.csv",

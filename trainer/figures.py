@@ -164,6 +164,22 @@ def plot_top_losses(path: Path, images: Sequence[Image.Image | npt.NDArray[np.ui
     _grid(path, "Top losses: predicted / actual / loss / probability", images[:9], titles[:9])
 
 
+def plot_confused(path: Path, rows: Sequence[tuple[str, Sequence[npt.NDArray[np.uint8]]]]) -> None:
+    """A row of images (uint8 HWC) under each title; as many columns as the longest row has images."""
+    columns = max(len(images) for _, images in rows)
+    figure = Figure(figsize=(2.2 * columns, 2.6 * len(rows)), dpi=DPI)
+    figure.set_layout_engine("constrained")
+    for place, (title, images) in enumerate(rows):
+        for column in range(columns):
+            axes = figure.add_subplot(len(rows), columns, place * columns + column + 1)
+            axes.set_axis_off()
+            if column < len(images):
+                axes.imshow(images[column], interpolation="antialiased")
+            if column == 0:
+                axes.set_title(_plain(title), fontsize=10, color=INK, loc="left", parse_math=False, pad=4)
+    _save(figure, path)
+
+
 def plot_batch(path: Path, images_NHWC: npt.NDArray[np.uint8], titles: Sequence[str]) -> None:
     """Every image of `images_NHWC` (uint8) under its title, in a grid that is as square as N allows."""
     _grid(path, "", list(images_NHWC), titles)

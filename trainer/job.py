@@ -19,7 +19,7 @@ from rich.console import Console
 
 from pipelines.errors import UserError
 from trainer import journal, memory, report
-from trainer.config import Goal, TrainConfig, flat
+from trainer.config import Goal, TrainConfig, flags
 from trainer.progress import Progress
 from trainer.run_folder import RunFolder, absolute, new_name
 from trainer.starting import Workers, check_batch, resolve_crew
@@ -231,14 +231,6 @@ def _continuing(result: Result, config: TrainConfig) -> list[str]:
         "resume",
         "restart",
     }
-    words = ["onewarp", "train", "--data", config.data]
-    defaults = flat(TrainConfig().as_dict())
-    for name, value in flat(config.as_dict()).items():
-        if name not in replaced and value != defaults[name]:
-            flag = name.replace("_", "-")
-            if isinstance(value, bool):
-                words.append(f"--{flag}" if value else f"--no-{flag}")
-            else:
-                words += [f"--{flag}", *(value if isinstance(value, tuple) else [str(value)])]
+    words = ["onewarp", "train", "--data", config.data, *flags(config.as_dict(), without=replaced)]
     model = os.path.relpath(RunFolder(result.folder).model)
     return [*words, "--weights", model, "--freeze-epochs", "0", "--epochs", "3", "--seed", str(config.seed + 1)]

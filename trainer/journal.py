@@ -13,6 +13,8 @@ from typing import IO, Any
 
 from pipelines.errors import UserError
 
+SCHEMA = 1  # of the events, see docs/journal.md; a field that is new does not change it, one with a new meaning does
+
 
 class Journal:
     """Appends events to `path`, each at once as a whole line; with `path=None` (other ranks) it writes nothing.

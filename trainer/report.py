@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import html
+import shlex
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from pipelines.errors import UserError
+from pipelines.manifest import Manifest
 from trainer import chart, journal, page
 from trainer.chart import Series
-from trainer.config import TrainConfig, flat
+from trainer.config import TrainConfig, flags, flat
 from trainer.page import duration, picture, table, text
 from trainer.run_folder import RunFolder
 
@@ -47,7 +49,7 @@ def _of_run(folder: RunFolder) -> Iterable[str]:
     epochs = _once(events, "epoch")
     yield f"<h1>{text(folder.path.name)}</h1>"
     yield f'<p class="lead">{_result(run, finished, epochs, working(events))}</p>'
-    yield f'<p class="faint">{_what(run)}</p>'
+    yield f'<p class="faint">{_what(run)}</p>{_command(run)}'
     for sentence in (finished or {}).get("advice", ()):
         yield f'<p class="bad">{text(sentence)}</p>'
     yield _epoch_table(epochs)
@@ -85,8 +87,15 @@ def _what(run: Event) -> str:
     return (
         f"{text(config['model'])}, {config['head']} head, {config['size']} px, batches of {config['batch']}, seed "
         f"{config['seed']}, {run['precision']}, {workers}; {text(config['data'])}, {len(run['classes'])} classes; "
-        f"{when}; onewarp {metadata.version('onewarp')}, {text(versions)}"
+        f"{when}; {text(versions)}"
     )
+
+
+def _command(run: Event) -> str:
+    """What would be typed for the same; and what it was typed for, by the hash of its files' names, sizes and times."""
+    verb = "lr-find" if run["command"] == "lr-find" else "train"
+    words = shlex.join(["onewarp", verb, *flags(run["config"], without=("resume", "restart"))])
+    return f'<pre>{text(words)}</pre><p class="faint">Data {text(str(run.get("digest", ""))[:16])}.</p>'
 
 
 def _epoch_table(epochs: Sequence[Event]) -> str:
@@ -160,6 +169,18 @@ def _rates(events: Sequence[Event]) -> str:
 
 def _judgement(folder: RunFolder, finished: Event) -> str:
     pairs = [[text(a), text(p), f"{n:,}"] for a, p, n in finished["most_confused"]]
+    losses = [
+        [
+            text(row["path"]),
+            text(row["actual"]),
+            text(row["predicted"]),
+            f"{row['loss']:.2f}",
+            f"{100 * row['probability']:.0f}%",
+        ]
+        for row in finished.get("top_losses", ())
+    ]
+    head = ["file", "actual", "predicted", "loss", "probability"]
+    files = f"<details><summary>Their files</summary>{table(head, losses, escaped=True)}</details>" if losses else ""
     rows = [
         [
             text(row["name"]),
@@ -173,15 +194,18 @@ def _judgement(folder: RunFolder, finished: Event) -> str:
     return (
         "<h2>Where it errs</h2>"
         + (table(["actual", "predicted", "images"], pairs, escaped=True) if pairs else "<p>Nothing was confused.</p>")
+        + picture(folder.figure("confused"), "What was taken for what")
         + picture(folder.figure("confusion"), "Confusion matrix")
         + f"<details{is_open}><summary>Each class</summary>{classes}</details>"
         + picture(folder.figure("top_losses"), "Top losses: predicted / actual / loss / probability")
+        + files
     )
 
 
 def _data(folder: RunFolder, run: Event) -> str:
     lines = folder.quarantine.read_text(errors="replace").splitlines() if folder.quarantine.exists() else []
     told = f"<p>{run['train']:,} images to train, {run['valid']:,} to validate, {len(run['classes'])} classes.</p>"
+    told += _found(folder)
     if not lines:
         return f"<h2>Data</h2>{told}<p>Every file could be read.</p>"
     rows = [[text(part) for part in (*line.split("\t", 1), "")[:2]] for line in lines[:_LISTED]]
@@ -190,6 +214,16 @@ def _data(folder: RunFolder, run: Event) -> str:
     return (
         f'<h2>Data</h2>{told}<p class="bad">{count}:</p>{table(["file", "why"], rows, escaped=True, words=True)}{more}'
     )
+
+
+def _found(folder: RunFolder) -> str:
+    """What the scan had to say."""
+    try:
+        manifest = Manifest.read(folder.manifest)
+    except (OSError, UserError):
+        return ""
+    bad = [f'<p class="bad">{text(warning)}</p>' for warning in manifest.warnings]
+    return "".join([*bad, *(f"<p>{text(note)}</p>" for note in manifest.notes)])
 
 
 def _speed(events: Sequence[Event], run: Event) -> str:

@@ -9,6 +9,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
+from pipelines import preprocess
+from pipelines.errors import UserError
 from trainer import journal
 from trainer.run_folder import RunFolder
 
@@ -17,7 +21,9 @@ if TYPE_CHECKING:
 
 INIT_SECONDS = 20.0  # to reach the server
 FINISH_SECONDS = 60.0  # to upload what is left at the end; what does not make it can be synced later
-PICTURES = ("show_batch", "lr_find", "confusion", "top_losses")  # <name>.png in the run folder
+PICTURES = ("show_batch", "lr_find", "confusion", "confused", "top_losses")  # <name>.png in the run folder
+
+DATA_FOLDER = "WANDB_DATA_DIR"
 
 TrackingMode = Literal["auto", "off", "offline", "online"]
 
@@ -36,6 +42,8 @@ class Tracker:
     offline restart writes a new folder, complete in itself. The charts use our own steps: `global_step`,
     `epoch`, and the learning rate of the range test.
     """
+
+    _ours: str | None = None  # the value of `DATA_FOLDER` that the last of them has set
 
     def __init__(
         self,
@@ -56,6 +64,7 @@ class Tracker:
         self._known = 0  # places below this one are on the server already
         self._global_step: int | None = None
         self._exit_code = 0
+        self._warned = False
 
     def on(self, event: Mapping[str, Any]) -> None:
         """Track one event of the journal. The first `run` event connects, which may take `INIT_SECONDS`."""
@@ -74,7 +83,9 @@ class Tracker:
             action()
         except Exception as error:
             # Whatever wandb raises, the run is worth more than its tracking.
-            self._is_off = True
+            self._is_off, warned, self._warned = True, self._warned, True
+            if warned:  # ending it fails as it did
+                return
             reason = " ".join(str(error).split()) or type(error).__name__
             self._warn(
                 f"Weights & Biases tracking stopped ({reason.rstrip('.')}); "
@@ -118,6 +129,8 @@ class Tracker:
         # wandb's reports about itself call its server even offline, and hold up the exit by 10 s where that
         # is not reached. Who wants to send them sets the variable.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        if os.environ.get(DATA_FOLDER) in (None, self._ours):  # what it sends later, and would leave in the home folder
+            Tracker._ours = os.environ[DATA_FOLDER] = str(self._folder / "wandb")
         import wandb  # half a second, which only runs that track pay for
 
         wandb.setup(wandb.Settings(silent=True))
@@ -166,9 +179,40 @@ class Tracker:
             values["most_confused"] = wandb.Table(
                 columns=["actual", "predicted", "count"], data=[list(row) for row in event["most_confused"]]
             )
+        if rows := event.get("top_losses"):
+            columns = ["image", *rows[0]]
+            values["top_losses_table"] = wandb.Table(
+                columns=columns, data=[[self._thumbnail(row["path"]), *row.values()] for row in rows]
+            )
         self._log(values)
+        self._keep_weights()
         self._summarise({key: event.get(key) for key in ("error_rate", "valid_loss", "seconds")})
         self._summarise({f"best/{key}": value for key, value in (event.get("best") or {}).items()})
+
+    def _thumbnail(self, path: str) -> wandb.Image | None:
+        """An image of the run's as validation sees it; none where its file is not to be had here."""
+        import wandb
+
+        try:
+            config = RunFolder(self._folder).read_config()
+            seen = {"size": config.size, "crop_pct": config.crop_pct, "quality": "normal"}
+            image_HWC = preprocess.sampled(preprocess.upright(Path(config.data, path)), seen)
+        except (OSError, UserError):
+            return None
+        return wandb.Image(image_HWC.round().astype(np.uint8))
+
+    def _keep_weights(self) -> None:
+        """The weights as an artifact: sent from where they lie, and not copied before."""
+        import wandb
+
+        folder = RunFolder(self._folder)
+        if self._run is None or self._place < self._known or not folder.model.exists():
+            return
+        artifact = wandb.Artifact(f"model-{self._run.id}", type="model")
+        for file in (folder.model, folder.best, folder.config):
+            if file.exists():
+                artifact.add_file(str(file), policy="immutable")
+        self._run.log_artifact(artifact)
 
     def _log(self, values: Mapping[str, Any]) -> None:
         run = self._run
@@ -182,6 +226,8 @@ class Tracker:
 
     def _id(self) -> str:
         path = self._folder / "wandb-id"
+        if not path.exists() and (given := os.environ.get("WANDB_RUN_ID")):  # of a sweep
+            path.write_text(given, encoding="utf-8")
         if path.exists() and (known := path.read_text(encoding="utf-8").strip()):
             return known
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -41,14 +41,14 @@ from trainer import (
     precision,
     schedule,
     stopping,
-    top_losses,
+    worst,
 )
 from trainer.best import Best, kept, taken_up
 from trainer.config import Goal, TrainConfig
 from trainer.ema import Ema
 from trainer.guard import Guard, RewindError, chance_of, rewound
 from trainer.interpret import confusion_matrix, most_confused
-from trainer.journal import Journal, read
+from trainer.journal import SCHEMA, Journal, read
 from trainer.loop import Learner, train_epoch
 from trainer.lr_range import range_test
 from trainer.micro import micro_batches
@@ -57,6 +57,7 @@ from trainer.overfitting import advice, standard_errors
 from trainer.position import Position
 from trainer.ranks import Ranks, Report
 from trainer.run_folder import RunFolder
+from trainer.version import version
 from trainer.watchdog import FIRST, Watchdog
 
 
@@ -181,6 +182,7 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, closing: ExitStac
     resumed = checkpoints.load(learner) if goal == "train" else None
     journal.write(
         "run",
+        schema=SCHEMA,
         name=path.name,
         command=goal,
         config=config.as_dict(),
@@ -188,12 +190,14 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, closing: ExitStac
         train=len(train_samples),
         valid=len(valid_samples),
         quarantined=len(manifest.quarantine),
+        digest=manifest.digest,
         world_size=ranks.world_size,
         device=str(ranks.device),
         precision=numbers.name,
         steps_per_epoch=train.steps,
         epochs=sum(phase.epochs for phase in phases_of(config, 1.0, groups, train.steps)),
         versions={
+            "onewarp": version(),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "dali": nvidia.dali.__version__,
@@ -330,7 +334,9 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, closing: ExitStac
     if lead:
         confusion_CC = confusion_matrix(judgement.labels_N, judgement.predicted_N, manifest.classes)
         figures.plot_confusion(folder.figure("confusion"), confusion_CC, manifest.classes)
-        top_losses.draw(folder.figure("top_losses"), valid, judgement, manifest.classes)
+        pairs = most_confused(confusion_CC, manifest.classes)[: worst.PAIRS]
+        worst.draw_losses(folder.figure("top_losses"), valid, judgement, manifest.classes)
+        worst.draw_confused(folder.figure("confused"), valid, judgement, manifest.classes, pairs)
         safetensors.torch.save_file(checkpoint.tensors(learner.judged), folder.model)
         checkpoints.wait()
         if kept(folder.best) != best:
@@ -343,7 +349,8 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, closing: ExitStac
             error_rate=judgement.error_rate,
             valid_loss=judgement.loss,
             per_class=[asdict(row) for row in judgement.metrics(manifest.classes).per_class],
-            most_confused=[list(row) for row in most_confused(confusion_CC, manifest.classes)[:5]],
+            most_confused=[list(row) for row in pairs],
+            top_losses=worst.losses(judgement, valid.samples.paths, manifest.classes),
             best=best and asdict(best),
             advice=advice(
                 [epochs[epoch] for epoch in sorted(epochs)], len(judgement.labels_N), sizes=bool(config.sizes)

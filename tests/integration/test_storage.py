@@ -1,6 +1,5 @@
 """A run whose storage fills up: it waits for room, or says in the end what was lost, and goes on when there is some."""
 
-import subprocess
 import threading
 import time
 from contextlib import contextmanager, suppress
@@ -9,6 +8,7 @@ import pytest
 
 from benchmarks.faults import equal
 from tests.commands import begun, events, onewarp, wait_for, weights
+from tests.full_disk import small_disk
 
 EPOCHS = 60
 STEPS = 53 // 8 * EPOCHS
@@ -18,19 +18,12 @@ SETTINGS += ["--checkpoint-every", "4", "--name", "run"]
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def disk(tmp_path):
     """A file system of 24 MB of its own."""
     place = tmp_path / "disk"
     place.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=24m", "onewarp", str(place)]
-    try:
-        subprocess.run(words, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no file system can be mounted here: {error}")
-    try:
+    with small_disk(place, 24):
         yield place
-    finally:
-        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 @contextmanager
@@ -59,14 +52,14 @@ def steps(run):
     return [event["step"] for event in events(run, "step")]
 
 
-def test_a_disk_that_fills_up_costs_nothing(small_set, tmp_path, temporary, small_disk):
+def test_a_disk_that_fills_up_costs_nothing(small_set, tmp_path, temporary, disk):
     words = ["--data", small_set, *SETTINGS]
     calm = onewarp(tmp_path, temporary, "train", *words)
     assert calm.returncode == 0, calm.stdout + calm.stderr
-    run = small_disk / "run"
-    with begun(tmp_path, temporary, "train", *words, "--runs", small_disk) as process:
+    run = disk / "run"
+    with begun(tmp_path, temporary, "train", *words, "--runs", disk) as process:
         wait_for(lambda: len(steps(run)) > 20, process)
-        with full(small_disk):
+        with full(disk):
             time.sleep(2)
             assert process.poll() is None
         told = process.communicate()[0]
@@ -76,12 +69,12 @@ def test_a_disk_that_fills_up_costs_nothing(small_set, tmp_path, temporary, smal
     assert equal(weights(run), weights(tmp_path / "runs/run"))
 
 
-def test_a_disk_that_stays_full_is_told_and_the_run_goes_on_later(small_set, tmp_path, temporary, small_disk):
-    words = ["--data", small_set, *SETTINGS, "--runs", small_disk]
-    run = small_disk / "run"
+def test_a_disk_that_stays_full_is_told_and_the_run_goes_on_later(small_set, tmp_path, temporary, disk):
+    words = ["--data", small_set, *SETTINGS, "--runs", disk]
+    run = disk / "run"
     with begun(tmp_path, temporary, "train", *words) as process:
         wait_for(lambda: len(steps(run)) > 20, process)
-        with full(small_disk):
+        with full(disk):
             told = process.communicate()[0]
     assert process.returncode == 2, told
     assert "Make room, and go on with the same command" in " ".join(told.split())

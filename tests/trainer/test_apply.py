@@ -234,7 +234,7 @@ def test_a_run_judged_by_its_own_images_has_the_error_it_ended_with(run, quiet):
         assert getattr(result.metrics, name) == pytest.approx(epoch[name], rel=1e-5)
     assert result.folder == run / "evaluation-lossless"
     assert result.trained_on == 0
-    for name in ("confusion.png", "top_losses.png"):
+    for name in ("confused.png", "confusion.png", "top_losses.png"):
         assert (result.folder / name).read_bytes() == (run / name).read_bytes()
     record = json.loads((result.folder / "evaluation.json").read_text())
     assert (record["images"], record["right"]) == (23, result.metrics.right)
@@ -242,7 +242,7 @@ def test_a_run_judged_by_its_own_images_has_the_error_it_ended_with(run, quiet):
     assert [row["label"] for row in table] == [row["path"].split("/")[1] for row in table]
     assert sum(row["label"] != row["predicted"] for row in table) == 23 - result.metrics.right
     assert sorted(path.name for path in result.folder.iterdir()) == [
-        *("confusion.png", "evaluation.json", "predictions.csv", "top_losses.png")
+        *("confused.png", "confusion.png", "evaluation.json", "predictions.csv", "top_losses.png")
     ]
 
 
@@ -437,7 +437,7 @@ def test_what_is_said_of_an_evaluation(run, quiet, tmp_path):
         line = next(line for line in told.splitlines() if line.startswith(f"{row.name} "))
         assert line.split()[1] == str(row.images)
         assert line.split()[3] == f"{row.recall:.3f}"
-    assert "confusion.png, evaluation.json, predictions.csv, top_losses.png" in told
+    assert "confused.png, confusion.png, evaluation.json, predictions.csv, top_losses.png" in told
 
 
 def empty(path):

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import signal
@@ -6,12 +7,17 @@ import struct
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from pipelines.errors import UserError
+from tests.full_disk import small_disk
+from trainer import TrainConfig, fine_tune
+from trainer.journal import read
 from trainer.run_folder import RunFolder
 from trainer.tracking import Tracker, replay
 
@@ -319,3 +325,56 @@ def test_rows_reach_the_disk_while_the_run_lives(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert len(found) == 9
+
+
+def test_a_real_run_brings_its_worst_images_and_its_weights(small_set, tmp_path):
+    config = {"data": str(small_set), "model": "test_convnext", "head": "plain", "pretrained": False, "size": 32}
+    config |= {"batch": 8, "epochs": 1, "freeze_epochs": 0, "lr": 4e-3, "wandb": "offline", "workers": 0}
+    folder = fine_tune(TrainConfig.from_dict(config | {"runs": str(tmp_path)}), Console(file=io.StringIO())).folder
+    (log,) = finished(folder)
+    (end,) = (row for row in rows(log) if "top_losses_table/nrows" in row)
+    assert end["top_losses_table/nrows"] == 9
+    for name in ("confusion", "confused", "top_losses"):
+        assert end[f"{name}/_type"] == "image-file"
+    sent = {
+        record.artifact.name.partition("-")[0] + record.artifact.name[-5:]: {
+            entry.path: entry.local_path for entry in record.artifact.manifest.contents
+        }
+        for record in log
+        if record.WhichOneof("record_type") == "artifact"
+    }
+    (worst,) = (files for name, files in sent.items() if name == "runtable" and len(files) > 2)
+    table = json.loads(Path(worst.pop("top_losses_table.table.json")).read_text())
+    assert table["columns"] == ["image", "path", "actual", "predicted", "loss", "probability"]
+    losses = read(folder / "journal.jsonl")[-1]["top_losses"]
+    assert [row[1:] for row in table["data"]] == [list(row.values()) for row in losses]
+    assert [(row[0]["width"], row[0]["height"]) for row in table["data"]] == [(32, 32)] * 9
+    assert len(worst) == 9 and all(Path(file).is_relative_to(folder / "wandb") for file in worst.values())
+    (weights,) = (files for name, files in sent.items() if name.startswith("model"))
+    # Those are sent from where they lie.
+    assert weights == {n: str(folder / n) for n in ("best.safetensors", "config.json", "model.safetensors")}
+
+
+def test_a_sweep_names_its_runs(tmp_path):
+    folder, _, _ = output(tmp_path, "offline", WANDB_RUN_ID="abc123", WANDB_SWEEP_ID="s")
+    assert (folder / "wandb-id").read_text() == "abc123"
+    assert next(folder.glob("wandb/offline-run-*")).name.endswith("-abc123")
+
+
+def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/wandb").touch()  # where its folder would be
+    _, out, _ = output(tmp_path, "offline")
+    (line,) = out.splitlines()
+    assert line.startswith("WARNED Weights & Biases tracking stopped (")
+
+
+def test_a_full_disk_costs_one_warning_at_most(tmp_path):
+    (tmp_path / "run/wandb").mkdir(parents=True)
+    with small_disk(tmp_path / "run/wandb", 1), (tmp_path / "run/wandb/filler").open("wb", buffering=0) as filler:
+        with suppress(OSError):
+            while True:
+                filler.write(bytes(4096))
+        _, out, _ = output(tmp_path, "offline")
+    assert len(out.splitlines()) <= 1
+    assert all(line.startswith("WARNED Weights & Biases tracking stopped (") for line in out.splitlines())
