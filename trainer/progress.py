@@ -105,7 +105,7 @@ class Progress:
                 self._say(f"a machine leaves the cluster: going on from step {event['step']} when there is room")
             case "warning":
                 self._say(f"warning: {event['message']}", style="yellow")
-            case "finished" | "failed":
+            case "finished":
                 self._phase = None
 
     def _on_step(self, event: Mapping[str, Any]) -> None:

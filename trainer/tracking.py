@@ -63,7 +63,8 @@ class Tracker:
         self._place = -1  # of the current event in the journal
         self._known = 0  # places below this one are on the server already
         self._global_step: int | None = None
-        self._exit_code = 0
+        self._exit_code = 1  # until it has come to its end
+        self._goal = "train"
         self._warned = False
 
     def on(self, event: Mapping[str, Any]) -> None:
@@ -101,6 +102,8 @@ class Tracker:
             case "range_result":
                 self._summarise({f"suggested_lr/{name}": lr for name, lr in event["suggestions"].items()})
                 self._summarise({"chosen_lr": event["chosen"]})
+                if self._goal == "lr-find":
+                    self._exit_code = 0
             case "step":
                 self._global_step = event["step"]
                 values = {
@@ -116,15 +119,14 @@ class Tracker:
                 self._log({"epoch": event["epoch"], "global_step": self._global_step} | values)
             case "finished":
                 self._on_finished(event)
-            case "failed":
-                self._exit_code = 1
+                self._exit_code = 0
 
     def _on_run(self, event: Mapping[str, Any]) -> None:
+        self._exit_code, self._goal = 1, event.get("command", "train")
         facts = {key: value for key, value in event.items() if key not in ("event", "time", "config", "name")}
         config = {**event["config"], "run": facts}
         if self._run is not None:  # the workers restarted, this process did not
             self._run.config.update(config, allow_val_change=True)
-            self._exit_code = 0
             return
         # wandb's reports about itself call its server even offline, and hold up the exit by 10 s where that
         # is not reached. Who wants to send them sets the variable.
@@ -168,7 +170,6 @@ class Tracker:
             if past["event"] != "run":
                 self._track(past)
             self._place += 1
-        self._exit_code = 0
 
     def _on_finished(self, event: Mapping[str, Any]) -> None:
         import wandb

@@ -1,12 +1,23 @@
 """The journal keeps whole events, whatever happens to the process that writes it."""
 
+import ast
+import os
+import random
+import re
+import signal
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
 from pipelines.errors import UserError
 from tests.full_disk import files_no_larger_than
-from trainer.journal import Journal, follow, read, whole
+from tests.trainer.conftest import PLAIN
+from trainer import TrainConfig, fine_tune
+from trainer.journal import SCHEMA, Journal, follow, read, whole
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_events_come_back_in_order(tmp_path):
@@ -62,3 +73,71 @@ def test_follow_sees_events_as_they_come_and_all_of_them(tmp_path):
 def test_other_ranks_write_nothing(tmp_path):
     Journal(None).write("step", loss=1)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_a_process_that_is_killed_loses_no_event_that_it_has_written(tmp_path, seed):
+    path, draw = tmp_path / "j.jsonl", random.Random(seed)
+    told, tell = os.pipe()
+    child = os.fork()
+    if child == 0:  # it must not come back into pytest
+        journal, i = Journal(path), 0
+        while True:
+            journal.write("step", step=i, filler="x" * (i * 7919 % 3000))
+            os.write(tell, bytes([i % 256]))
+            i += 1
+    os.close(tell)
+    try:
+        os.read(told, 1)
+        time.sleep(draw.uniform(0, 0.01))
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    written = 1 + len(os.read(told, 2**20))
+    os.close(told)
+    found = read(path)
+    assert [event["step"] for event in found] == list(range(len(found)))
+    assert written <= len(found) <= written + 1
+    journal = Journal(path)
+    journal.write("warning", message="later")
+    journal.close()
+    assert [event["event"] for event in read(path)] == ["step"] * len(found) + ["warning"]
+
+
+# ---- What docs/journal.md says of it
+
+
+def documented():
+    """Fields of each kind of event: those that are always there, and those that may be."""
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", (ROOT / "docs/journal.md").read_text(), re.MULTILINE)
+    return {
+        kind: (set(re.findall(r"(?<!\[)`(\w+)`", fields)), set(re.findall(r"\[`(\w+)`\]", fields)))
+        for kind, fields in rows
+    }
+
+
+def written_by_the_code():
+    """Kinds of events that stand in the code."""
+    for file in (ROOT / "trainer").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "write":
+                first = node.args[0] if node.args else None
+                if isinstance(first, ast.Constant) and isinstance(first.value, str) and first.value.isidentifier():
+                    yield first.value
+
+
+def test_every_kind_of_event_is_documented():
+    assert set(written_by_the_code()) - {"read"} == set(documented())  # that one is told of in `apply`'s own file
+
+
+def test_events_have_the_fields_that_are_documented(small_set, tmp_path, quiet):
+    settings = {**PLAIN, "lr": None, "lr_find_steps": 20, "epochs": 1, "freeze_epochs": 1, "clip_norm": 1.0}
+    settings |= {"data": str(small_set), "runs": str(tmp_path), "workers": 0, "name": "run"}
+    events = read(fine_tune(TrainConfig.from_dict(settings), quiet).folder / "journal.jsonl")
+    assert {event["event"] for event in events} >= {
+        *("run", "phase", "range_step", "range_result", "step", "epoch", "checkpoint", "finished")
+    }
+    assert events[0]["schema"] == SCHEMA
+    for event in events:
+        always, sometimes = documented()[event["event"]]
+        assert always <= set(event) - {"event", "time"} <= always | sometimes, event["event"]
