@@ -188,6 +188,18 @@ def torchvision_crop(samples: Samples, *, size: int, batch: int, threads: int) -
     return _torchvision(samples, transforms, batch, threads)
 
 
+def timm_train(samples: Samples, *, size: int, batch: int, threads: int) -> Iterator[int]:
+    """timm's training transform with its defaults: RandomResizedCrop, flip, colour jitter."""
+    data = import_module("timm.data")
+    transform = data.create_transform(size, is_training=True, scale=(0.75, 1.0), mean=tuple(_HALF), std=tuple(_HALF))
+
+    def read(path: str) -> torch.Tensor:
+        with Image.open(path) as image:
+            return transform(image.convert("RGB"))
+
+    return _data_loader(samples, read, batch, threads)
+
+
 def albumentations(samples: Samples, *, size: int, batch: int, threads: int) -> Iterator[int]:
     """RandomResizedCrop, flip and light on OpenCV's images: no rotation, zoom or perspective."""
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else it asks a server for its latest version
@@ -207,6 +219,29 @@ def albumentations(samples: Samples, *, size: int, batch: int, threads: int) -> 
         return transform(image=cv2.imread(path, cv2.IMREAD_COLOR_RGB))["image"]
 
     return _data_loader(samples, read, batch, threads)
+
+
+# ---- spdl
+
+
+def spdl_resized(samples: Samples, *, size: int, batch: int, threads: int) -> Iterator[int]:
+    """SPDL's pipeline of threads: a batch decoded and resized by FFmpeg, then normalised. It augments nothing."""
+    io, pipeline = import_module("spdl.io"), import_module("spdl.pipeline")
+    paths, rng = np.array(files(samples), dtype=object), np.random.default_rng(0)
+
+    def source() -> Iterator[list[str]]:
+        while True:
+            order = rng.permutation(len(paths))[: len(paths) // batch * batch]
+            yield from (list(paths[part]) for part in order.reshape(-1, batch))
+
+    def read(part: list[str]) -> torch.Tensor:
+        images_NHWC = io.to_numpy(io.load_image_batch(part, width=size, height=size, pix_fmt="rgb24"))
+        return (torch.from_numpy(images_NHWC).permute(0, 3, 1, 2).float() - 127.5) / 127.5
+
+    built = pipeline.PipelineBuilder().add_source(source()).pipe(read, concurrency=threads).add_sink(PREFETCHED)
+    with (running := built.build(num_threads=threads, max_failures=0)).auto_stop():
+        for images_NCHW in running:
+            yield len(images_NCHW)
 
 
 # ---- fastai

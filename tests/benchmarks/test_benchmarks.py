@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import interpolation, loaders, peers, steady
+from benchmarks import interpolation, loaders, megapixels, peers, steady
 from pipelines import scan
 from pipelines.decode import decoded
 from pipelines.geometry import compose
@@ -37,7 +37,9 @@ def test_loaders_measures_or_names_every_way_and_leaves_no_worker(loaders_record
     speeds = rows(loaders_record, loaders.SPEED)
     assert set(speeds) | set(loaders_record.skipped) == {way.name for way in loaders.WAYS}
     assert not set(speeds) & set(loaders_record.skipped)
-    assert {name for name in loaders_record.skipped if "albumentations" not in name and "fastai" not in name} == set()
+    assert all(name.startswith(("albumentations", "fastai", "SPDL")) for name in loaders_record.skipped)
+    assert all(figure.samples[0] > 0 for figure in rows(loaders_record, loaders.MEMORY).values())
+    assert set(rows(loaders_record, f"{loaders.COST} of 0.1 MP")) == set(loaders.LAW)
     assert not multiprocessing.active_children()
 
 
@@ -56,7 +58,16 @@ def test_loaders_takes_its_ratios_within_a_round(loaders_record):
 def test_loaders_writes_what_it_measured(loaders_record):
     written = json.loads(loaders_record.options.json.read_text())
     assert [figure["row"] for figure in written["figures"]] == [figure.row for figure in loaders_record.figures]
-    assert all(figure["n"] == len(figure["samples"]) == 2 for figure in written["figures"])
+    assert all(figure["n"] == len(figure["samples"]) for figure in written["figures"])
+    assert all(figure["n"] == 2 for figure in written["figures"] if figure["column"] == loaders.SPEED)
+
+
+def test_the_law_of_sizes_is_the_line_through_its_points(small_set, tmp_path):
+    fixed, each = megapixels.slope([0.1, 1, 12], [2 + 3 * size for size in (0.1, 1, 12)])
+    assert (fixed, each) == pytest.approx((2, 3))
+    samples = megapixels.at(0.02, scan(small_set).train, 6, tmp_path)
+    assert len(samples) == 6
+    assert samples.heights_N * samples.widths_N == pytest.approx(20_000, rel=0.02)
 
 
 def test_core_time_counts_workers(small_set):
