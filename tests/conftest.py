@@ -52,6 +52,8 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Generator[None]:
     """What tests keep for later, processes that they start included, stays out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ONEWARP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        # torch makes this folder when it is imported: not where a command's own leavings are looked for.
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
         yield
 
 
