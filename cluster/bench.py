@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Sequence
 from typing import get_type_hints
@@ -10,6 +9,7 @@ from typing import get_type_hints
 import tyro
 from rich.console import Console
 
+from cluster.help import meant
 from pipelines.errors import UserError
 
 QUESTIONS = {
@@ -53,7 +53,5 @@ def main(words: Sequence[str]) -> None:
         return
     name, *flags = words
     if name not in QUESTIONS:
-        near = difflib.get_close_matches(name, QUESTIONS, n=1)
-        meant = f"Did you mean {near[0]}? " if near else ""
-        raise UserError(f"onewarp bench {name}: there is no such benchmark. {meant}There are {', '.join(QUESTIONS)}.")
+        raise UserError(f"onewarp bench {name}: there is no such benchmark. {meant(name, QUESTIONS)}")
     measure(name, flags, f"onewarp bench {name}")

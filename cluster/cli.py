@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -85,9 +84,7 @@ def _act(words: Sequence[str]) -> None:
         return
     verb, *rest = words
     if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, n=1)
-        meant = f"Did you mean {near[0]}? " if near else ""
-        raise UserError(f"There is no verb {verb!r}. {meant}There are {', '.join(VERBS)}.")
+        raise UserError(f"There is no verb {verb!r}. {help.meant(verb, VERBS)}")
     if verb == "bench":
         bench.main(rest)
     elif verb == "doctor" and rest and not rest[0].startswith("-"):  # of a folder

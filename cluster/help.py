@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -114,6 +115,12 @@ def short(verb: str, act: Callable[..., None], console: Console) -> None:
             head = ""
     console.print(table)
     _say(console, f"\nAll flags, in full: onewarp {verb} {ALL}")
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """What one may have meant by a word that is not known, and what there is."""
+    near = difflib.get_close_matches(word, known := list(known), n=1)
+    return (f"Did you mean {near[0]}? " if near else "") + f"There are {', '.join(known)}."
 
 
 def _shown(default: Any) -> str:

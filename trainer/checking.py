@@ -21,10 +21,9 @@ from pipelines import preprocess
 from pipelines.errors import UserError
 from trainer.bar import counted
 from trainer.export_config import CheckExportConfig
-from trainer.exported import GOLDEN, Exported, batches, files_of
+from trainer.exported import GOLDEN, Exported, agree, batches, files_of
 from trainer.run_folder import absolute, printable
 
-AGREE = 1e-3  # of logits, as a share of the largest: arithmetic in another order
 LEVELS = 1.0  # of 255, on average: what another decoder or filter may differ by
 NAMED = 5  # images with another answer that are named
 
@@ -65,7 +64,7 @@ class ExportCheck:
     def troubles(self) -> list[str]:
         """What does not agree, in words."""
         found = []
-        if not self.golden_logits <= AGREE * max(1.0, self.golden_scale):
+        if not agree(self.golden_logits, self.golden_scale):
             found.append(
                 f"of the golden inputs the model gives other outputs than when it was exported, by up to "
                 f"{self.golden_logits:.2g}: onnxruntime or torch computes otherwise here. Export again, or install "

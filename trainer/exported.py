@@ -26,6 +26,7 @@ from trainer.run_folder import absolute
 
 CONTRACT, PREPROCESS, GOLDEN, GOLDEN_TENSORS = "contract.json", "preprocess.py", "golden", "golden.safetensors"
 FORMAT = 1  # of the contract
+AGREE = 1e-3  # most difference of logits, as a share of the largest
 BATCH = 32  # images that the model is given at once
 
 
@@ -138,6 +139,11 @@ def _by_torch(module: Any) -> Callable[[np.ndarray], np.ndarray]:
             return module(torch.from_numpy(images_NCHW)).numpy()
 
     return run
+
+
+def agree(difference: float, largest: float) -> bool:
+    """Whether logits that differ by so much are the same, but for arithmetic in another order; `largest` is of them."""
+    return difference <= AGREE * max(1.0, largest)
 
 
 def is_export(folder: Path) -> bool:

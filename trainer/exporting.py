@@ -35,13 +35,12 @@ from pipelines.scanning import scan_to_apply
 from pipelines.store import Store
 from trainer import models
 from trainer.export_config import ExportConfig, Form
-from trainer.exported import CONTRACT, FORMAT, GOLDEN, GOLDEN_TENSORS, PREPROCESS, Exported
+from trainer.exported import CONTRACT, FORMAT, GOLDEN, GOLDEN_TENSORS, PREPROCESS, Exported, agree
 from trainer.ranks import Ranks
 from trainer.run_folder import absolute
 from trainer.trained import Trained, open_run
 
 GOLDEN_IMAGES = 8
-AGREE = 1e-3  # logits of the exported model and ours, most of their difference as a share of the largest
 FILES: dict[Form, str] = {"onnx": "model.onnx", "torch": "model.pt2", "safetensors": "model.safetensors"}
 
 
@@ -243,7 +242,7 @@ _WRITERS: dict[Form, Callable[[torch.nn.Module, torch.Tensor, Path], None]] = {
 
 def _tried(exported: Exported, images_NCHW: np.ndarray, logits_NC: np.ndarray, form: Form) -> float:
     difference = float(np.abs(exported.logits(images_NCHW) - logits_NC).max())
-    if not difference <= AGREE * max(1.0, float(np.abs(logits_NC).max())):
+    if not agree(difference, float(np.abs(logits_NC).max())):
         raise UserError(
             f"The model exported to {form} does not say what the run's own says: logits differ by {difference:.2g}. "
             "Nothing was written. Try another --to."
