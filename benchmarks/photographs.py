@@ -189,26 +189,31 @@ def main(options: PhotographOptions) -> Record:
                         run = fastai(data, options, seed, Path(scratch), channels_last=way == CHANNELS_LAST)
                 runs[way].append(run)
                 print(f"seed {seed}, {way}: error {run.error:.4f} in {run.wall:.0f} s, rate {run.lr:.2e}", flush=True)
+            # After each pair, not only at the end: three take hours, and what ends them early should cost one pair.
+            record = _record(runs, options, skipped)
+            record.publish()
+    return record
+
+
+def _record(runs: dict[str, list[Run]], options: PhotographOptions, skipped: dict[str, str]) -> Record:
     images = {(run.train, run.valid) for of_way in runs.values() for run in of_way}
     if len(images) > 1:
         raise RuntimeError(f"The ways did not train and validate on the same images: {images}.")
     ((train, valid),) = images
-
-    record = Record(
+    seeds = options.seeds[: len(runs[OURS])]
+    return Record(
         title=f"Photographs end to end, {options.model}, {options.size} px, fine_tune({options.epochs})",
         name="photographs",
         options=options,
         figures=list(figures(runs)),
         skipped=skipped,
         remarks=(
-            f"{train:,} images to train on and {valid:,} to validate on; seeds {', '.join(map(str, options.seeds))}.",
+            f"{train:,} images to train on and {valid:,} to validate on; seeds {', '.join(map(str, seeds))}.",
             f"fastai presizes to {_presized(options)} with {options.threads} loader processes, beside torch's threads "
             "on all cores; its rate is the `valley` of its `lr_find`.",
         ),
         packages=() if skipped else ("fastai", "timm", "ray"),
     )
-    record.publish()
-    return record
 
 
 def _count(folder: Path) -> int:
