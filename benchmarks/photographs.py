@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -116,10 +116,15 @@ def _presized(options: PhotographOptions) -> int:
     return options.presized or round(1.5 * options.size)
 
 
-def finished(words: Sequence[str], scratch: Path) -> tuple[str, float]:
-    """What a Python process prints, and its seconds from start to end; what it keeps goes to `scratch`."""
+def finished(words: Sequence[str], scratch: Path, more: Mapping[str, str] | None = None) -> tuple[str, float]:
+    """What a Python process prints, and its seconds from start to end; what it keeps goes to `scratch`.
+
+    Args:
+        more: of its environment.
+    """
     environment = {
         **os.environ,
+        **(more or {}),
         "PYTHONPATH": os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "ONEWARP_CACHE": str(scratch / "cache"),
     }

@@ -16,10 +16,12 @@ QUESTIONS = {
     "loaders": "is it faster than what I have?",
     "interpolation": "is one warp sharper than repeated interpolation?",
     "accuracy": "does that matter to the model?",
-    "overhead": "what do the trainer and Ray cost?",
+    "overhead": "what does the trainer cost beside the model?",
+    "startup": "what comes before the first step, and what does Ray cost?",
     "scaling": "what do more ranks give?",
     "bottleneck": "what binds a training on these images, here? (Also `onewarp doctor DIR`.)",
     "photographs": "does it learn as well as fastai, and how much sooner?",
+    "recipes": "what do the settings of trainer/recipes.py cost and bring?",
     "steady": "does a long run stay as fast, in as much memory?",
     "faults": "does it survive what is killed?",
 }

@@ -70,10 +70,14 @@ def centres(length: int, shrunk: int, side: float, points: int) -> np.ndarray:
     return position_P * (shrunk / length) - 0.5
 
 
+def points_of(preprocessing: Mapping[str, Any]) -> int:
+    """How many points are read along each axis: one a pixel, or two where quality is high."""
+    return preprocessing["size"] * (2 if preprocessing["quality"] == "high" else 1)
+
+
 def sampled(image: Image.Image, preprocessing: Mapping[str, Any]) -> np.ndarray:
     """The centred square at size x size points, float32 [size, size, 3], 0 to 255."""
-    size, high = preprocessing["size"], preprocessing["quality"] == "high"
-    points = 2 * size if high else size
+    points = points_of(preprocessing)
     width, height = image.size
     side = preprocessing["crop_pct"] * min(height, width)
     shrunk_height, shrunk_width = shrunk_size(height, width, side / points)
@@ -82,10 +86,12 @@ def sampled(image: Image.Image, preprocessing: Mapping[str, Any]) -> np.ndarray:
     else:
         pixels_HWC = np.asarray(image)
     rows_PWC = _along(pixels_HWC, 0, centres(height, shrunk_height, side, points))
-    square_PPC = _along(rows_PWC, 1, centres(width, shrunk_width, side, points))
-    if high:  # the mean of 2 x 2 points for each pixel
-        return square_PPC.reshape(size, 2, size, 2, 3).mean(axis=(1, 3))
-    return square_PPC
+    return averaged(_along(rows_PWC, 1, centres(width, shrunk_width, side, points)), preprocessing["size"])
+
+
+def averaged(square_PPC: np.ndarray, size: int) -> np.ndarray:
+    """The mean of the points in each pixel, [size, size, 3]."""
+    return square_PPC.reshape(size, len(square_PPC) // size, size, -1, 3).mean(axis=(1, 3))
 
 
 def _shrunk(image: Image.Image, height: int, width: int) -> np.ndarray:

@@ -185,7 +185,7 @@ def _dali() -> Read:
         except DecodeError as error:
             del own.decoder  # one that has failed is finished
             raise OSError(str(error)) from None
-        size, points = preprocessing["size"], _points(preprocessing)
+        size, points = preprocessing["size"], preprocess.points_of(preprocessing)
         centre = geometry.Centre(crop_pct=preprocessing["crop_pct"])
         draws = geometry.draw(centre, np.zeros((1, geometry.UNIFORMS)))
         height_1, width_1 = (np.array([length]) for length in image_HWC.shape[:2])
@@ -215,7 +215,7 @@ def _torchvision() -> Read:
             image_CHW = decode_image(str(path), ImageReadMode.RGB, apply_exif_orientation=True)
         except (RuntimeError, ValueError) as error:
             raise OSError(str(error)) from None
-        (height, width), points = image_CHW.shape[1:], _points(preprocessing)
+        (height, width), points = image_CHW.shape[1:], preprocess.points_of(preprocessing)
         side = preprocessing["crop_pct"] * min(height, width)
         shrunk = preprocess.shrunk_size(height, width, side / points)
         if shrunk != (height, width):
@@ -229,7 +229,8 @@ def _torchvision() -> Read:
         square_1CPP = torch.nn.functional.grid_sample(
             image_CHW[None].float(), grid_PP2[None], mode="bilinear", padding_mode="border", align_corners=False
         )
-        return preprocess.normalised(_averaged(square_1CPP[0].permute(1, 2, 0).numpy(), preprocessing), preprocessing)
+        square_PPC = square_1CPP[0].permute(1, 2, 0).numpy()
+        return preprocess.normalised(preprocess.averaged(square_PPC, preprocessing["size"]), preprocessing)
 
     return read
 
@@ -242,7 +243,7 @@ def _opencv() -> Read:
         if image_HWC is None:
             raise OSError("OpenCV cannot read it")
         image_HWC = cv2.cvtColor(image_HWC, cv2.COLOR_BGR2RGB)
-        (height, width), points = image_HWC.shape[:2], _points(preprocessing)
+        (height, width), points = image_HWC.shape[:2], preprocess.points_of(preprocessing)
         side = preprocessing["crop_pct"] * min(height, width)
         shrunk = preprocess.shrunk_size(height, width, side / points)
         if shrunk != (height, width):  # OpenCV has no antialiased triangle; the mean over an area is the nearest
@@ -253,7 +254,8 @@ def _opencv() -> Read:
         )
         map_x_PP, map_y_PP = np.meshgrid(x_P, y_P)
         square_PPC = cv2.remap(image_HWC, map_x_PP, map_y_PP, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
-        return preprocess.normalised(_averaged(square_PPC.astype(np.float32), preprocessing), preprocessing)
+        square_SSC = preprocess.averaged(square_PPC.astype(np.float32), preprocessing["size"])
+        return preprocess.normalised(square_SSC, preprocessing)
 
     return read
 
@@ -264,16 +266,6 @@ _WAYS: dict[str, tuple[str, Callable[[], Read]]] = {
     "torchvision": ("torchvision", _torchvision),
     "OpenCV": ("cv2", _opencv),
 }
-
-
-def _points(preprocessing: dict[str, Any]) -> int:
-    return preprocessing["size"] * (2 if preprocessing["quality"] == "high" else 1)
-
-
-def _averaged(square_PPC: np.ndarray, preprocessing: dict[str, Any]) -> np.ndarray:
-    """The mean of each 2 x 2 points where there are so many."""
-    size = preprocessing["size"]
-    return square_PPC.reshape(size, len(square_PPC) // size, size, -1, 3).mean(axis=(1, 3))
 
 
 # ---- In words

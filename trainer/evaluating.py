@@ -115,12 +115,7 @@ def _labelled(config: EvaluateConfig, trained: Trained, manifest: Manifest, cons
     ran = trained.config
     train = manifest.train.share(ran.subset, ran.split_seed)
     if config.data is None:
-        samples = manifest.valid.share(ran.subset, ran.split_seed)
-        if not samples.root.is_dir() and samples.store is None:
-            raise UserError(
-                f"The images that the run was validated on are gone: the folder {str(samples.root)!r} does not exist. "
-                "Put it back, or give other images with --data."
-            )
+        samples = trained.validated(manifest, "--data")
         return _Chosen(
             samples=samples,
             words=f"the run's own validation images of {manifest.root}",

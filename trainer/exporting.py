@@ -101,12 +101,7 @@ def _golden(config: ExportConfig, trained: Trained, manifest: Manifest) -> Sampl
     if config.images is not None:
         samples = scan_to_apply(absolute(config.images), labels=None).samples
     else:
-        samples = manifest.valid.share(trained.config.subset, trained.config.split_seed)
-        if not samples.root.is_dir() and samples.store is None:
-            raise UserError(
-                f"The images that the run was validated on are gone: the folder {str(samples.root)!r} does not exist. "
-                "Put it back, or give other images with --images."
-            )
+        samples = trained.validated(manifest, "--images")
     count = min(GOLDEN_IMAGES, len(samples))
     return samples.subset(np.arange(count) * len(samples) // count)
 

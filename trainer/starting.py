@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.datasets import NAMES
 from pipelines.errors import UserError
+from trainer.arrival import Arrival
 from trainer.config import Goal, TrainConfig
 from trainer.crew import Crew
 from trainer.micro import micro_batches
@@ -152,8 +153,10 @@ class Workers(ExitStack):
 
 def _work(folder: RunFolder, goal: Goal, early: bool, ranks: Ranks, report: Report) -> None:
     """What a worker does; one that comes early has everything imported when the run is prepared."""
+    met = time.time()
     from trainer.worker import run  # not before: it may itself be the program that runs
 
+    arrival = Arrival(met=met)
     while early and not folder.config.exists():
         time.sleep(POLL)
-    run(folder.path, goal, ranks, report)
+    run(folder.path, goal, ranks, report, arrival)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from pipelines import preprocess
-from pipelines.errors import UserError
 from trainer import journal
 from trainer.run_folder import RunFolder
 
@@ -65,6 +64,7 @@ class Tracker:
         self._global_step: int | None = None
         self._exit_code = 1  # until it has come to its end
         self._goal = "train"
+        self._config: Mapping[str, Any] = {}
         self._warned = False
 
     def on(self, event: Mapping[str, Any]) -> None:
@@ -122,7 +122,7 @@ class Tracker:
                 self._exit_code = 0
 
     def _on_run(self, event: Mapping[str, Any]) -> None:
-        self._exit_code, self._goal = 1, event.get("command", "train")
+        self._exit_code, self._goal, self._config = 1, event.get("command", "train"), event["config"]
         facts = {key: value for key, value in event.items() if key not in ("event", "time", "config", "name")}
         config = {**event["config"], "run": facts}
         if self._run is not None:  # the workers restarted, this process did not
@@ -181,26 +181,27 @@ class Tracker:
                 columns=["actual", "predicted", "count"], data=[list(row) for row in event["most_confused"]]
             )
         if rows := event.get("top_losses"):
-            columns = ["image", *rows[0]]
+            thumbnails = self._thumbnails([row["path"] for row in rows])
             values["top_losses_table"] = wandb.Table(
-                columns=columns, data=[[self._thumbnail(row["path"]), *row.values()] for row in rows]
+                columns=["image", *rows[0]],
+                data=[[image, *row.values()] for image, row in zip(thumbnails, rows, strict=True)],
             )
         self._log(values)
         self._keep_weights()
         self._summarise({key: event.get(key) for key in ("error_rate", "valid_loss", "seconds")})
         self._summarise({f"best/{key}": value for key, value in (event.get("best") or {}).items()})
 
-    def _thumbnail(self, path: str) -> wandb.Image | None:
-        """An image of the run's as validation sees it; none where its file is not to be had here."""
+    def _thumbnails(self, paths: Sequence[str]) -> Iterator[wandb.Image | None]:
+        """Images of the run's as validation sees them; none where a file is not to be had here."""
         import wandb
 
-        try:
-            config = RunFolder(self._folder).read_config()
-            seen = {"size": config.size, "crop_pct": config.crop_pct, "quality": "normal"}
-            image_HWC = preprocess.sampled(preprocess.upright(Path(config.data, path)), seen)
-        except (OSError, UserError):
-            return None
-        return wandb.Image(image_HWC.round().astype(np.uint8))
+        for path in paths:
+            try:
+                image = preprocess.upright(Path(self._config["data"], path))
+            except OSError:
+                yield None
+            else:
+                yield wandb.Image(preprocess.sampled(image, self._config).round().astype(np.uint8))
 
     def _keep_weights(self) -> None:
         """The weights as an artifact: sent from where they lie, and not copied before."""

@@ -39,6 +39,20 @@ class Trained:
         """What the best class must reach, for an image not to be none of the classes."""
         return 0.5 if self.config.loss == "one-vs-rest" else 0.0
 
+    def validated(self, manifest: Manifest, instead: str) -> Samples:
+        """The images that the run was validated on; `instead` is the flag that names others.
+
+        Raises:
+            UserError: they are gone.
+        """
+        samples = manifest.valid.share(self.config.subset, self.config.split_seed)
+        if not samples.root.is_dir() and samples.store is None:
+            raise UserError(
+                f"The images that the run was validated on are gone: the folder {str(samples.root)!r} does not exist. "
+                f"Put it back, or give other images with {instead}."
+            )
+        return samples
+
     def describe(self, tta: int, console: Console) -> None:
         """Say which model is applied."""
         config = self.config

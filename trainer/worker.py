@@ -43,6 +43,7 @@ from trainer import (
     stopping,
     worst,
 )
+from trainer.arrival import Arrival
 from trainer.best import Best, kept, taken_up
 from trainer.config import Goal, TrainConfig
 from trainer.ema import Ema
@@ -61,7 +62,13 @@ from trainer.version import version
 from trainer.watchdog import FIRST, Watchdog
 
 
-def run(path: Path, goal: Goal, ranks: Ranks, report: Report = lambda metrics: None) -> None:
+def run(
+    path: Path,
+    goal: Goal,
+    ranks: Ranks,
+    report: Report = lambda metrics: None,
+    arrival: Arrival | None = None,
+) -> None:
     """Carry out the run prepared in the folder `path`, from its newest checkpoint if it has one.
 
     Args:
@@ -69,6 +76,7 @@ def run(path: Path, goal: Goal, ranks: Ranks, report: Report = lambda metrics: N
         goal: the whole training, or the range test alone.
         ranks: this process among the others; the process group is up.
         report: told the metrics of each epoch, on every rank (an engine that watches the run).
+        arrival: when this process was ready, for the journal.
 
     Raises:
         OutOfMemoryError: there was not enough memory for the batch.
@@ -76,13 +84,13 @@ def run(path: Path, goal: Goal, ranks: Ranks, report: Report = lambda metrics: N
     while True:
         try:
             with memory.told(ranks.rank), ExitStack() as closing:
-                return _run(path, goal, ranks, report, closing)
+                return _run(path, goal, ranks, report, arrival, closing)
         except RewindError:  # on all ranks after the same step
             pass
         gc.collect()  # the model that was, before there is another
 
 
-def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, closing: ExitStack) -> None:
+def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, arrival: Arrival | None, closing: ExitStack) -> None:
     started = time.time()
     folder, lead = RunFolder(path), ranks.rank == 0
     if not folder.config.exists():
@@ -203,6 +211,7 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, closing: ExitStac
             "dali": nvidia.dali.__version__,
         },
         resumed_from=resumed and resumed.epoch * train.steps + resumed.step,
+        arrival=arrival and asdict(arrival),
     )
     if lead and not resumed and not folder.figure("show_batch").exists():
         show_batch(folder, train, manifest.classes)

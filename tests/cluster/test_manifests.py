@@ -1,6 +1,7 @@
 """The ready files: they parse, and what they call is what the commands take."""
 
 import importlib
+import itertools
 import re
 import shlex
 import subprocess
@@ -16,6 +17,7 @@ from trainer import TrainConfig
 
 FOLDER = Path(cluster.__file__).parent / "manifests"
 FILES = sorted(FOLDER.iterdir())
+SWEEP = FOLDER / "sweep.yaml"
 JOBS = [FOLDER / f"rayjob-{kind}.yaml" for kind in ("cpu", "gpu")]
 VARIABLES = {"DATA": "/data", "RUNS": "/runs", "NAME": "run", "address": "10.0.0.1:6379", "workers": "8"}
 
@@ -39,7 +41,7 @@ def test_each_says_at_its_top_what_it_wants_and_what_was_tried(path):
     assert "Fill in:" in top and "Tried:" in top
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.suffix], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [path for path in FILES if path.suffix and path != SWEEP], ids=lambda path: path.name)
 def test_each_calls_the_command_as_it_is(path):
     found = list(commands(path))
     assert len(found) == 1
@@ -97,3 +99,18 @@ def test_a_cloud_cluster_is_one_in_rays_eyes():
     prepared = prepare_config(config)
     validate_config(prepared)
     assert prepared["file_mounts"]["/home/ray/.ray/auth_token"]
+
+
+def test_a_sweep_asks_for_what_the_command_takes_and_tells():
+    sweep = yaml.safe_load(SWEEP.read_text())
+    onewarp, train, *words = sweep["command"]
+    assert (onewarp, train, words.pop()) == ("onewarp", "train", "${args}")
+    spans = {name: span.get("values") or [span["min"], span["max"]] for name, span in sweep["parameters"].items()}
+    assert {len(set(values)) > 1 for values in spans.values()} == {True}
+    for chosen in itertools.product(*spans.values()):
+        tried = dict(zip(spans, chosen, strict=True))
+        # As the agent writes them: https://docs.wandb.ai/guides/sweeps/define-sweep-configuration
+        config = tyro.cli(TrainConfig, args=[*words, *(f"--{name}={value}" for name, value in tried.items())])
+        assert {name: getattr(config, name) for name in tried} == tried
+        assert config.wandb == "online"
+    assert sweep["metric"] == {"name": "error_rate", "goal": "minimize"}  # which tests/trainer/test_tracking.py finds
