@@ -16,6 +16,7 @@ from cluster import engine  # first: it sets what Ray reads when it is imported
 # isort: split
 import ray
 import ray.train
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.scaling_policy import ScalingPolicy
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
@@ -120,10 +121,10 @@ class _Trainer(DataParallelTrainer):
     policy: ScalingPolicy | None = None  # in place of Ray's
 
     def _create_default_callbacks(self) -> list[Any]:
-        callbacks = super()._create_default_callbacks()
-        if isinstance(self.policy, Alone):  # a process more, for a cluster that goes on where its training does not
-            callbacks = [each for each in callbacks if not isinstance(each, PlacementGroupCleanerCallback)]
-        return callbacks
+        # Each has a process of its own: for Ray's data, of which there is none here; for a cluster that goes on where its
+        # training does not.
+        idle = (DatasetsCallback, *([PlacementGroupCleanerCallback] if isinstance(self.policy, Alone) else []))
+        return [each for each in super()._create_default_callbacks() if not isinstance(each, idle)]
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         if self.policy is not None:

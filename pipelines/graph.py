@@ -1,7 +1,7 @@
 """The DALI graph: image, decode, one warp, light and normalise. It holds no random state and no cursor.
 
-On a GPU it is the whole way of a batch. On a CPU the `reader` takes two parts of it, `RowsDecoder` and `Shrinker`, and
-warps by itself; the whole graph runs there too, for tests of it and of the reader against it.
+On a GPU it is the whole way of a batch. On a CPU the `reader` takes one part of it, `RowsDecoder`, and shrinks and
+warps by itself; the whole graph runs there too, for tests of it, and of the reader against it.
 """
 
 from __future__ import annotations
@@ -249,12 +249,6 @@ def _rows_alone(read: bool) -> Any:
     return _decode_rows(_read(given) if read else given, rows)
 
 
-@pipeline_def
-def _shrink_alone() -> Any:
-    images = fn.external_source(name="images", dtype=_UINT8, ndim=3, layout="HWC", no_copy=True)
-    return _shrink(images, fn.external_source(name="sizes", dtype=_FLOAT, ndim=1))
-
-
 class _Alone:
     """A part of the graph on a CPU, on one thread, at once: for a caller that has threads of its own."""
 
@@ -291,14 +285,3 @@ class RowsDecoder(_Alone):
             RuntimeError: DALI cannot decode one of them, and no other from now on.
         """
         return self._run(given=given, rows=rows_N2)
-
-
-class Shrinker(_Alone):
-    """Shrinks at most `batch` images at a time, antialiased."""
-
-    def __init__(self, batch: int) -> None:
-        super().__init__(_shrink_alone(batch_size=batch, **_AT_ONCE))
-
-    def run(self, images: list[np.ndarray], sizes_N2: np.ndarray) -> list[np.ndarray]:
-        """The images, uint8 HWC, at these heights and widths, valid until the next run."""
-        return self._run(images=images, sizes=sizes_N2)

@@ -115,7 +115,7 @@ def _fetch(_context: Any, address: Any) -> Any:
     return types.void(types.int64), generate
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
+def compiled(function: Callable[..., Any]) -> Any:
     """Machine code, kept for the next process beside this file or in the user's cache folder (or $NUMBA_CACHE_DIR)."""
     options: dict[str, Any] = {
         "nogil": True,
@@ -129,7 +129,7 @@ def _compiled(function: Callable[..., Any]) -> Any:
         return njit(**options)(function)
 
 
-@_compiled
+@compiled
 def _inwards(position, last, padding):
     """Where between the first and the last pixel centre, 0 and `last`, a position is read; and with what weight.
 
@@ -150,7 +150,7 @@ def _inwards(position, last, padding):
     return nearest, inside
 
 
-@_compiled
+@compiled
 def _row(image, matrix, row, gain, offset, padding, starts, weights, out):
     """One row of the output, to the address `out`; `starts` and `weights` are memory to work in, a column for a pixel.
 
@@ -183,7 +183,7 @@ def _row(image, matrix, row, gain, offset, padding, starts, weights, out):
         _blend(pixel, stride, weights[0, j], weights[1, j], weights[2, j], gain, offset, out + 12 * j)
 
 
-@_compiled
+@compiled
 def _warp(image, matrix, gain_3, offset_3, padding, points, out):
     size = len(out)
     gain, offset = (gain_3[0], gain_3[1], gain_3[2]), (offset_3[0], offset_3[1], offset_3[2])

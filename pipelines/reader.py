@@ -16,6 +16,7 @@ import torch
 from pipelines import graph
 from pipelines.geometry import Padding
 from pipelines.kernel import warp
+from pipelines.shrink import shrink
 
 _CHUNK = 16  # images: few enough that their pixels stay in the cache, enough that the cost of a run of DALI is small
 _AHEAD = 3  # batches at work, the next one included
@@ -132,14 +133,17 @@ class _Work:
 
     def __init__(self, kind: graph.Kind, padding: Padding, points: int) -> None:
         self._kind, self._padding, self._points = kind, padding, points
+        self._memory = np.empty(0, np.uint8)
 
     @cached_property
     def _decoder(self) -> graph.RowsDecoder:
         return graph.RowsDecoder("encoded" if self._kind == "encoded" else "files", _CHUNK)
 
-    @cached_property
-    def _shrinker(self) -> graph.Shrinker:
-        return graph.Shrinker(_CHUNK)
+    def _memory_of(self, size: int) -> np.ndarray:
+        """Memory for one shrunk image, which is read before the next one is made."""
+        if len(self._memory) < size:
+            self._memory = np.empty(size, np.uint8)
+        return self._memory
 
     def do(self, chunk: _Chunk) -> list[np.ndarray | None]:
         """Write the images of a chunk; the whole image of each that a mixed batch had not stored."""
@@ -150,14 +154,12 @@ class _Work:
             images, whole = self._decode_missing(images, given.paths[part], rows_N2)
         elif self._kind != "decoded":
             images = self._decoder.run(images, rows_N2)
-        large = np.flatnonzero(shrunk_N2[:, 0])
-        if len(large):
-            small = self._shrinker.run([images[i] for i in large], shrunk_N2[large])
-            images = list(images)
-            for i, image in zip(large, small, strict=True):
-                images[i] = image
         numbers = zip(given.matrix_N33[part], given.shift_N3[part], given.scale_N3[part], out_NSS3[part], strict=True)
-        for image, (matrix_33, shift_3, scale_3, out_SS3) in zip(images, numbers, strict=True):
+        for image, (height, width), (matrix_33, shift_3, scale_3, out_SS3) in zip(
+            images, shrunk_N2.astype(np.int64).tolist(), numbers, strict=True
+        ):
+            if height:
+                image = shrink(image, height, width, self._memory_of(3 * height * width))
             warp(image, matrix_33, shift_3, scale_3, out_SS3, padding=self._padding, points=self._points)
         return whole
 

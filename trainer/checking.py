@@ -172,14 +172,14 @@ def _dali() -> Read:
     """The parts of the CPU's loader, one image at a time."""
     from pipelines import geometry
     from pipelines.decode import DecodeError, Decoder
-    from pipelines.graph import Shrinker
     from pipelines.kernel import warp
+    from pipelines.shrink import shrink
 
     own = threading.local()  # DALI's pipelines, which are one thread's
 
     def read(path: Path, preprocessing: dict[str, Any]) -> np.ndarray:
         if not hasattr(own, "decoder"):
-            own.decoder, own.shrinker = Decoder(1, 1), Shrinker(1)
+            own.decoder = Decoder(1, 1)
         try:
             (image_HWC,) = own.decoder.run([path.read_bytes()])
         except DecodeError as error:
@@ -192,7 +192,7 @@ def _dali() -> Read:
         matrix_133 = geometry.compose(draws, height_1, width_1, points)
         shrunk_12, matrix_133 = geometry.prefilter(matrix_133, height_1, width_1, points)
         if shrunk_12.any():
-            (image_HWC,) = own.shrinker.run([image_HWC], shrunk_12.astype(np.float32))
+            image_HWC = shrink(image_HWC, *shrunk_12[0].tolist())
         mean_3, std_3 = (255.0 * np.array(preprocessing[name]) for name in ("mean", "std"))
         out_SS3 = np.empty((size, size, 3), np.float32)
         warp(image_HWC, matrix_133[0], mean_3, std_3, out_SS3, padding="reflect", points=points // size)
