@@ -11,6 +11,6 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",  # no reports home
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # cluster.leaving does it
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # also until failures and the end are seen; each takes time of the workers
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # until failures and the end are seen; each takes time of the workers
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }

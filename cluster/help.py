@@ -35,7 +35,7 @@ TRAINING: Groups = {
         "cutmix": "strength; 1 is usual",
     },
     "learning": {
-        "epochs": "with everything, after --freeze-epochs",
+        "epochs": "with everything, after --freeze-epochs; none is left out, as rates fall to the end",
         "freeze-epochs": "with the head alone, at the beginning",
         "lr": "peak rate of the head; default: a range test finds it",
         "schedule": "fine-tune, one-cycle, flat-cos or warmup-linear",
@@ -53,10 +53,10 @@ TRAINING: Groups = {
         "checkpoint-every": "steps",
     },
     "run": {
-        "name": "folder under --runs; default: data and time. Of a stopped run: go on",
+        "name": "folder under --runs; default: data, date, time. Of a stopped run: go on",
         "runs": "folder of the runs",
         "wandb": "Weights & Biases: auto, online, offline or off",
-        "quiet": "print mistakes alone",
+        "quiet": "print errors alone",
         "json": "print the journal's events, a JSON object a line",
         "verbose": "print what Ray and the workers say, too",
     },

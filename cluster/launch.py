@@ -121,8 +121,8 @@ class _Trainer(DataParallelTrainer):
     policy: ScalingPolicy | None = None  # in place of Ray's
 
     def _create_default_callbacks(self) -> list[Any]:
-        # Each has a process of its own: for Ray's data, of which there is none here; for a cluster that goes on where its
-        # training does not.
+        # Each has a process of its own: for Ray's data, of which there is none here; for a cluster that goes on where
+        # its training does not.
         idle = (DatasetsCallback, *([PlacementGroupCleanerCallback] if isinstance(self.policy, Alone) else []))
         return [each for each in super()._create_default_callbacks() if not isinstance(each, idle)]
 

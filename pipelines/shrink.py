@@ -1,8 +1,8 @@
-"""Shrinking on a CPU, antialiased by a triangle: what DALI's `resize` does, in a fifth of its time.
+"""Shrinking on a CPU, antialiased by a triangle: what DALI's `resize` does, in a quarter of its time.
 
-An output pixel is the mean of the source pixels round its centre, weighed by a triangle as wide as two output pixels, in
-floating point, first along the height, then along the width; levels are rounded once. Beyond its edge an image is its
-outermost pixels. Compiled by Numba on first use.
+An output pixel is the mean of the source pixels round its centre, weighed by a triangle as wide as two output pixels,
+in floating point, first along the height, then along the width; levels are rounded once. Beyond its edge an image is
+its outermost pixels. Compiled by Numba on first use.
 """
 
 from __future__ import annotations

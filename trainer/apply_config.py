@@ -18,6 +18,12 @@ def check_table(path: Path) -> None:
         raise UserError(f"The predictions' file {path} must end in .csv or .parquet, which says how it is written.")
 
 
+def check_threshold(threshold: float | None) -> None:
+    """Raise UserError where it is no probability."""
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise UserError(f"--threshold is {threshold}; it must be between 0 and 1.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ApplyConfig:
     """What evaluating and predicting have in common. Model, image size and classes are those of the run."""
@@ -54,6 +60,9 @@ class EvaluateConfig(ApplyConfig):
     """Labels from file names: the first group of this regular expression, as in '(.+)_\\d+\\.jpg$'."""
     label_csv: Path | None = None
     """Labels from a CSV file with the columns path,label[,split]; paths are relative to the data folder."""
+    threshold: float | None = None
+    """Count an image whose best class is less probable as declined: none of the classes. The error of all and of those
+    that are left are both told. Default: 0.5 for a run with --loss one-vs-rest, else 0."""
     min_count: int = 1
     """Of the most confused classes, tell those that were confused at least so often."""
     out: Path | None = None
@@ -63,6 +72,7 @@ class EvaluateConfig(ApplyConfig):
         super().__post_init__()
         if self.data is not None:
             object.__setattr__(self, "data", str(self.data))
+        check_threshold(self.threshold)
         if self.min_count < 1:
             raise UserError(f"--min-count is {self.min_count}; it must be 1 or more.")
         for flag, value in (("label-regex", self.label_regex), ("label-csv", self.label_csv)):
@@ -85,6 +95,5 @@ class PredictConfig(ApplyConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "data", Path(self.data))
-        if self.threshold is not None and not 0 <= self.threshold <= 1:
-            raise UserError(f"--threshold is {self.threshold}; it must be between 0 and 1.")
+        check_threshold(self.threshold)
         check_table(self.out)

@@ -103,6 +103,9 @@ class TrainConfig:
     have been better, the run says so at its end, and how many to train again with."""
     freeze_epochs: int = 1
     """Epochs of `fine-tune` with the head alone, first."""
+    freeze_to: int = 0
+    """With the other schedules: the first layer group that learns, negative from the end: -1 is the head alone.
+    (fastai's `freeze_to`.)"""
     train_bn: bool = True
     """Let the batch-norms of a frozen body go on learning."""
     sync_bn: bool = False
@@ -135,7 +138,7 @@ class TrainConfig:
     mixup: float = 0.0
     """Mix pairs of images; alpha of the shares' Beta distribution, 0.1 to 0.4 are usual, 0 is off."""
     cutmix: float = 0.0
-    """Put a box of one image into another; alpha, 1 is usual, 0 is off. With mixup, each batch draws one of the two."""
+    """Put a box of one image into another; alpha, 1 is usual, 0 is off. With mixup, each pair draws one of the two."""
     ema: float | None = None
     """Judge and keep an average of the weights over updates; its decay, as 0.999. Default: the last weights."""
     weight_decay: float = 0.01
@@ -161,8 +164,8 @@ class TrainConfig:
     stall: float = 60.0
     """Seconds without a batch after which workers end themselves, to be started again."""
     on_nan: OnNan = "stop"
-    """Where the loss is no number, or explodes. `skip`: the batch leaves no trace. `rewind`: the run goes back to its
-    last checkpoint, and passes the batch over."""
+    """Where the loss is no number, or explodes. `skip`: the batch leaves no trace (in fp16 an explosion stops the run).
+    `rewind`: the run goes back to its last checkpoint, and passes the batch over."""
     resume: bool = False
     """The run of this --name is there, and goes on. (It does so without this, too.)"""
     restart: bool = False
@@ -240,6 +243,8 @@ class TrainConfig:
         check(self.epochs >= 0, "epochs", self.epochs, "0 or more")
         check(self.freeze_epochs >= 0, "freeze-epochs", self.freeze_epochs, "0 or more")
         if self.schedule == "fine-tune":
+            itself = "left out with --schedule fine-tune, which freezes and unfreezes by itself"
+            check(self.freeze_to == 0, "freeze-to", self.freeze_to, itself)
             check(self.epochs + self.freeze_epochs > 0, "epochs", 0, "more than 0 where --freeze-epochs is 0")
         else:
             check(self.epochs > 0, "epochs", 0, f"more than 0 with --schedule {self.schedule}")

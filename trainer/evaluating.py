@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import math
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from trainer.evaluate import Judgement
 from trainer.images import resolve_data
 from trainer.interpret import confusion_matrix, most_confused
 from trainer.metrics import ClassMetrics, Metrics
-from trainer.predictions import list_left_out, tell_left_out
+from trainer.predictions import NONE, decide, list_left_out, tell_left_out
 from trainer.ranks import Ranks
 from trainer.run_folder import RunFolder, absolute, printable, slug, write_atomic
 from trainer.starting import check_workers
@@ -51,6 +52,12 @@ class Evaluation:
     """Which they are, in words."""
     trained_on: int
     """How many of them training saw, byte for byte; the error of those says nothing of new images."""
+    threshold: float
+    """What the best class must reach."""
+    declined: int
+    """Images whose best class does not; the metrics count them as what it says."""
+    answered_error_rate: float
+    """Error of the others; NaN where there are none."""
     left_out: tuple[Quarantined, ...]
     """Files that could not be read or have no label, and why."""
     folder: Path
@@ -60,7 +67,8 @@ class Evaluation:
 def evaluate_run(config: EvaluateConfig, console: Console | None = None) -> Evaluation:
     """Judge a run by labelled images, and write what was found.
 
-    The predicted class is the most probable one, as in validation, whatever its probability.
+    The predicted class is the most probable one, as in validation, whatever its probability; how many images would be
+    declined, and how well the others do, is told beside it.
 
     Raises:
         UserError: the run, the images, or the place to write to cannot be used.
@@ -193,6 +201,9 @@ def _judged(config: EvaluateConfig, trained: Trained, chosen: _Chosen, scores: S
         confidence_N=scores.probabilities_NK[:, 0],
         places_N=scores.places_N,
     )
+    threshold = trained.threshold if config.threshold is None else config.threshold
+    answered_N = decide(scores.best_NK, scores.probabilities_NK, threshold) != NONE
+    wrong_N = (judgement.predicted_N != judgement.labels_N)[answered_N]
     confusion_CC = confusion_matrix(judgement.labels_N, judgement.predicted_N, classes)
     result = Evaluation(
         metrics=judgement.metrics(classes),
@@ -200,6 +211,9 @@ def _judged(config: EvaluateConfig, trained: Trained, chosen: _Chosen, scores: S
         most_confused=tuple(most_confused(confusion_CC, classes, config.min_count)),
         images=chosen.words,
         trained_on=chosen.trained_on,
+        threshold=threshold,
+        declined=int((~answered_N).sum()),
+        answered_error_rate=float(wrong_N.mean()) if len(wrong_N) else math.nan,
         left_out=(*chosen.quarantine, *(Quarantined(path=bad.path, reason=bad.reason) for bad in scores.spoiled)),
         folder=out,
     )
@@ -211,6 +225,9 @@ def _judged(config: EvaluateConfig, trained: Trained, chosen: _Chosen, scores: S
         "tta": config.tta,
         "trained_on": chosen.trained_on,
         "left_out": len(result.left_out),
+        "threshold": threshold,
+        "declined": result.declined,
+        "answered_error_rate": None if math.isnan(result.answered_error_rate) else result.answered_error_rate,
         "loss": result.loss,
         **asdict(result.metrics),
         "most_confused": result.most_confused,
@@ -246,6 +263,11 @@ def summary(result: Evaluation, console: Console) -> None:
     tell_left_out(result.left_out, RunFolder(result.folder).quarantine, console)
     say("")
     say(f"error rate    {metrics.error_rate:.4f}   ({metrics.images - metrics.right:,} of {metrics.images:,} wrong)")
+    if result.threshold > 0:
+        others = f"; error of the others {result.answered_error_rate:.4f}" if result.declined < metrics.images else ""
+        say(
+            f"declined      {result.declined:,} of {metrics.images:,}   (best class below {result.threshold:g}){others}"
+        )
     say(f"top-5         {metrics.top5_accuracy:.4f}   (accuracy among the five most probable classes)")
     say(f"macro F1      {metrics.macro_f1:.4f}")
     say(f"calibration   {metrics.calibration_error:.4f}   (expected error of the probabilities)")

@@ -35,13 +35,13 @@ def plot_lr_find(
     losses: Sequence[float],
     smoothed: Sequence[float],
     suggestions: Mapping[str, float],
-    chosen: float,
+    chosen: float | None,
 ) -> None:
     """The learning-rate range test: raw losses faint, smoothed losses bold, suggestions as labelled dots.
 
     `lrs`, `losses` and `smoothed` are equally long; losses that are not finite are left out. `suggestions`
     maps a suggestion's name to its learning rate; the one equal to `chosen` is emphasised, and a `chosen`
-    that nothing suggested gets a dot of its own.
+    that nothing suggested gets a dot of its own. `None`: there is no rate.
     """
     lrs_N, losses_N, smoothed_N = (np.asarray(values, dtype=np.float64) for values in (lrs, losses, smoothed))
     figure, axes = _axes(7.2, 4.4)
@@ -53,7 +53,7 @@ def plot_lr_find(
     _title(axes, "Learning-rate range test")
     known_N = np.isfinite(smoothed_N)
     marks = dict(suggestions)
-    if not any(math.isclose(lr, chosen, rel_tol=1e-6) for lr in marks.values()):
+    if chosen is not None and not any(math.isclose(lr, chosen, rel_tol=1e-6) for lr in marks.values()):
         marks["chosen"] = chosen
     if known_N.any():
         # The raw loss of the last steps may be millions; the smoothed curve decides how far up is seen.
@@ -67,7 +67,7 @@ def plot_lr_find(
         middle = math.sqrt(lrs_N[0] * lrs_N[-1])
         leftward = math.fsum(math.log(lr / middle) for lr in marks.values()) > 0
         for index, (name, lr) in enumerate(sorted(marks.items(), key=lambda mark: mark[1], reverse=not leftward)):
-            is_chosen = math.isclose(lr, chosen, rel_tol=1e-6)
+            is_chosen = chosen is not None and math.isclose(lr, chosen, rel_tol=1e-6)
             color = ORANGE if is_chosen else INK
             loss = np.interp(math.log(lr), np.log(lrs_N[known_N]), smoothed_N[known_N])
             top = high + 0.1 * room + row * (index + 0.5)

@@ -278,7 +278,9 @@ def train_epoch(
             if bad and (done.happened or checking):
                 skipped += 1
                 paths, name = images(loader, epoch, at), learner.precision.name
-                journal.write("bad_batch", epoch=epoch, step=at, loss=repr(row[0]), action=guard.action, images=paths)
+                # In fp16 a loss is seen when its step has happened: what exploded is too late to skip.
+                action = "stop" if done.happened and guard.action == "skip" else guard.action
+                journal.write("bad_batch", epoch=epoch, step=at, loss=repr(row[0]), action=action, images=paths)
                 if guard.action == "rewind" and len(guard.left_out) < REWINDS:
                     raise RewindError
                 if done.happened or skipped == IN_A_ROW:

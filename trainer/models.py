@@ -22,6 +22,8 @@ from torchvision.models.vision_transformer import VisionTransformer
 from pipelines.errors import UserError, first_line
 
 TORCHVISION = frozenset(torchvision.models.list_models(module=torchvision.models))
+# They turn images normalised for ImageNet into ones from -1 to 1 in their `forward`, which `cut` leaves behind.
+REBASED = ("googlenet", "inception_v3")
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
 UNFIT = (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError)  # of a model that is asked too much
 
@@ -229,6 +231,8 @@ def statistics(name: str) -> Statistics:
         weights = torchvision.models.get_model_weights(name)
         if not list(weights):
             return Statistics(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+        if name in REBASED:
+            return Statistics(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
         transforms = weights["DEFAULT"].transforms()
         return Statistics(mean=tuple(transforms.mean), std=tuple(transforms.std))
     config = timm.get_pretrained_cfg(name)

@@ -99,10 +99,22 @@ def prepare(config: TrainConfig, console: Console) -> tuple[RunFolder, Manifest]
     for size in {*config.size_of_epochs} - {config.size}:
         models.check_takes(model, config.model, size)
     if config.layer_decay is None or config.layer_groups:
-        models.layer_groups(model, config.size, config.layer_groups or None)
+        groups = models.layer_groups(model, config.size, config.layer_groups or None)
     else:
-        models.stage_groups(model, config.size)
-    source = weights.load(model, config.model, size=config.size, pretrained=config.pretrained, weights=config.weights)
+        groups = models.stage_groups(model, config.size)
+    if not -len(groups) <= config.freeze_to < len(groups):
+        raise UserError(
+            f"--freeze-to is {config.freeze_to}, and {config.model} has {len(groups)} layer groups here. Choose a "
+            f"number from {-len(groups)} to {len(groups) - 1}."
+        )
+    source = weights.load(
+        model,
+        config.model,
+        size=config.size,
+        pretrained=config.pretrained,
+        weights=config.weights,
+        classes=manifest.classes,
+    )
     console.print(f"model     {config.model}, {config.head} head; weights: {source}", highlight=False, soft_wrap=True)
     if config.batch == "auto":
         config = dataclasses.replace(config, batch=largest_batch(config, manifest, model, count, console))

@@ -222,6 +222,8 @@ def short_lr(lr: float) -> str:
 
 def _choice(event: Mapping[str, Any]) -> str:
     chosen = event["chosen"]
+    if chosen is None:
+        return "no learning rate: the curve says nothing about it"
     names = [name for name, lr in event["suggestions"].items() if lr == chosen]
     names.sort(key=lambda name: name != event.get("choice"))  # two methods may suggest the same
     return f"learning rate {short_lr(chosen)}" + (f" ({names[0]})" if names else "")

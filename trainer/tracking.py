@@ -101,7 +101,8 @@ class Tracker:
                 self._log({f"range_test/{key}": event.get(key) for key in ("lr", "loss", "smoothed")})
             case "range_result":
                 self._summarise({f"suggested_lr/{name}": lr for name, lr in event["suggestions"].items()})
-                self._summarise({"chosen_lr": event["chosen"]})
+                if event["chosen"] is not None:
+                    self._summarise({"chosen_lr": event["chosen"]})
                 if self._goal == "lr-find":
                     self._exit_code = 0
             case "step":

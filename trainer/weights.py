@@ -18,7 +18,9 @@ from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
 from pipelines.errors import UserError, first_line
+from pipelines.manifest import Manifest
 from trainer.models import TORCHVISION, UNFIT, Classifier, bare, own_size
+from trainer.run_folder import RunFolder
 
 # Bodies whose weights come as a Python package: they need no network at run time.
 PACKAGED = {
@@ -35,10 +37,19 @@ def packaged(name: str) -> Path | None:
     return Path(spec.submodule_search_locations[0], file) if spec and spec.submodule_search_locations else None
 
 
-def load(model: Classifier, name: str, *, size: int, pretrained: bool, weights: Path | None) -> str:
+def load(
+    model: Classifier,
+    name: str,
+    *,
+    size: int,
+    pretrained: bool,
+    weights: Path | None,
+    classes: tuple[str, ...] | None = None,
+) -> str:
     """Give `model`, made for images of `size` pixels, its first weights; returns in words where they came from.
 
     A file of an earlier run brings its body to another task: a head that does not fit is left out, and that is told.
+    So is one of other classes, or of the same in another order: `classes` are the model's.
 
     Raises:
         UserError: the file is missing or unreadable, its tensors do not fit, or a download failed.
@@ -50,7 +61,9 @@ def load(model: Classifier, name: str, *, size: int, pretrained: bool, weights: 
         if not body:
             return f"{weights} (body)"
         head = {key.removeprefix("head."): value for key, value in state.items() if key.startswith("head.")}
-        own = model.head.state_dict()
+        own, known = model.head.state_dict(), classes_of(weights)
+        if known is not None and classes is not None and known != classes:
+            return f"{weights} (body; its head is left out, it is of other classes, and a fresh one begins)"
         if {key: value.shape for key, value in head.items()} == {key: value.shape for key, value in own.items()}:
             model.head.load_state_dict(head)
             return f"{weights} (body and head)"
@@ -65,6 +78,12 @@ def load(model: Classifier, name: str, *, size: int, pretrained: bool, weights: 
         return f"package {PACKAGED[name][0]}"
     _fit(model.body, _download(model, name, size), Path(name))
     return "downloaded"
+
+
+def classes_of(path: Path) -> tuple[str, ...] | None:
+    """The classes, in order, of the run in whose folder the weights lie; `None` elsewhere."""
+    manifest = RunFolder(path.parent).manifest
+    return Manifest.read(manifest).classes if manifest.is_file() else None
 
 
 def _classes(head: State) -> int:

@@ -236,13 +236,16 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, arrival: Arrival 
             stop(0)
             return
         choice, base_lr = curve.choose(config.lr_choice)
+        # Training needs a rate; who asks for one is told that there is none.
+        found = base_lr if curve.suggestions or goal == "train" else None
         if choice != config.lr_choice:
             lacks = "is too short for slide" if curve.suggestions else "says nothing about the learning rate"
-            journal.write("warning", message=f"The range test's curve {lacks}; going on with {base_lr:g} ({choice}).")
-        journal.write("range_result", suggestions=curve.suggestions, chosen=base_lr, choice=choice)
+            instead = "" if found is None else f"; going on with {base_lr:g} ({choice})"
+            journal.write("warning", message=f"The range test's curve {lacks}{instead}.")
+        journal.write("range_result", suggestions=curve.suggestions, chosen=found, choice=choice)
         if lead:
             figures.plot_lr_find(
-                folder.figure("lr_find"), curve.lrs, curve.losses, curve.smoothed, curve.suggestions, base_lr
+                folder.figure("lr_find"), curve.lrs, curve.losses, curve.smoothed, curve.suggestions, found
             )
     if goal == "lr-find":
         return
@@ -378,6 +381,7 @@ def phases_of(config: TrainConfig, lr: float | str, groups: int, steps_per_epoch
         return schedule.fine_tune(
             base_lr=rate, freeze_epochs=config.freeze_epochs, layer_decay=config.layer_decay, **common
         )
+    common["freeze_to"] = config.freeze_to
     fit = {
         "one-cycle": schedule.fit_one_cycle,
         "flat-cos": schedule.fit_flat_cos,

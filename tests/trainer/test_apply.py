@@ -370,6 +370,16 @@ def test_below_the_threshold_an_image_is_none_of_the_classes(run, changed, unlab
     assert [row["predicted"] for row in rows(tmp_path / "p.csv")] == [name or "" for name in expected]
     predictions.summary(doubted, quiet)
     assert f"{expected.count(None)}  none of the classes: the best is less probable than" in quiet.file.getvalue()
+    # Evaluating tells both: all of them as before, and those that are left.
+    found = judged(run, quiet, threshold=threshold, out=tmp_path / "judged")
+    table = rows(tmp_path / "judged/predictions.csv")
+    left = [row for row in table if float(row["probability"]) >= threshold - 1e-6]
+    assert found.declined == len(table) - len(left) == expected.count(None)
+    assert found.answered_error_rate == np.mean([row["predicted"] != row["label"] for row in left])
+    assert found.metrics.error_rate == np.mean([row["predicted"] != row["label"] for row in table])
+    evaluating.summary(found, quiet)
+    assert f"declined      {found.declined} of 23   (best class below {threshold:g}); error" in quiet.file.getvalue()
+    assert judged(run, quiet, out=tmp_path / "all").declined == 0
     # One against the rest: each class says for itself whether it is there, and 0.5 is where it says no.
     free = ours(changed(loss="one-vs-rest"), unlabelled, tmp_path, quiet)
     files = [unlabelled / path for path in free.paths]

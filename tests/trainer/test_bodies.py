@@ -1,5 +1,7 @@
 """Transformers, mixers and maps with the features last: what they make, how they divide, at any size, with weights."""
 
+from dataclasses import replace
+
 import pytest
 import safetensors.torch
 import timm
@@ -7,6 +9,7 @@ import torch
 from torch import nn
 from torchvision.models import vision_transformer
 
+from pipelines import scan
 from pipelines.errors import UserError
 from trainer import models, optim, weights
 
@@ -190,6 +193,22 @@ def test_a_run_brings_its_body_to_another_task(tmp_path, head, classes, words):
     assert f"(body; its head is left out, {words}, and a fresh one begins)" in told
     assert all(torch.equal(after.body.state_dict()[k], v) for k, v in before.body.state_dict().items())
     assert all(torch.equal(after.head.state_dict()[k], v) for k, v in fresh.items())
+
+
+@pytest.mark.parametrize(
+    ("known", "kept"), [(("a", "b", "c"), True), (("a", "c", "b"), False), (("x", "y", "z"), False)]
+)
+def test_a_head_is_for_its_own_classes_in_their_order(small_set, tmp_path, known, kept):
+    before, after = (models.build("test_vit", head="fastai", classes=3, size=32) for _ in range(2))
+    safetensors.torch.save_file(before.state_dict(), tmp_path / "model.safetensors")
+    manifest = scan(small_set)
+    places = {name: known[label] for label, name in enumerate(manifest.classes)}
+    replace(manifest, classes=tuple(places.values())).write(tmp_path / "manifest.parquet")
+    told = weights.load(
+        after, "", size=32, pretrained=True, weights=tmp_path / "model.safetensors", classes=("a", "b", "c")
+    )
+    assert torch.equal(after.head[-1].weight, before.head[-1].weight) == kept
+    assert told.endswith("(body and head)" if kept else "it is of other classes, and a fresh one begins)")
 
 
 def test_names_with_a_tag():

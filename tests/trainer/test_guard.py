@@ -128,6 +128,22 @@ def test_an_explosion_is_noticed(prepared):
         run(path, "train", Ranks())
 
 
+def test_in_fp16_an_explosion_is_seen_too_late_to_be_skipped_and_that_is_told(prepared):
+    path = prepared("run", **{**RUN, "batch": 2, "precision": "fp16"}, on_nan="skip")
+
+    def wrapped(learner, batch, **kwargs):
+        done = train_step(learner, batch, **kwargs)
+        return done._replace(loss=done.loss * 1e4) if kwargs["noise"][1:] == (1, SETTLED + 2) else done
+
+    train_step = loop.train_step
+    with (
+        mock.patch.object(loop, "train_step", wrapped),
+        pytest.raises(UserError, match=r"rose to \d.* at step 22 of epoch 1"),
+    ):
+        run(path, "train", Ranks())
+    assert [event["action"] for event in events(path, "bad_batch")] == ["stop"]
+
+
 def test_what_never_ends_is_given_up(prepared):
     path = prepared("run", **{**RUN, "batch": 2}, on_nan="skip")
     with pytest.raises(UserError, match="became nan at step 19 of epoch 0"):

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,12 +17,14 @@ from PIL import Image
 from pipelines import Augment, pack, scan
 from pipelines.errors import UserError
 from tests.trainer.conftest import PLAIN
-from trainer import TrainConfig, fine_tune, lr_find
+from trainer import TrainConfig, fine_tune, lr_find, worker
 from trainer.best import Best
 from trainer.job import Result, _continuing, summary
 from trainer.journal import read
+from trainer.lr_range import RangeTest
 from trainer.prepare import prepare
 from trainer.ranks import Ranks
+from trainer.schedule import fit_one_cycle
 from trainer.worker import run
 
 
@@ -29,6 +32,37 @@ def config(small_set, tmp_path, **settings):
     return TrainConfig.from_dict(
         {**PLAIN, "data": str(small_set), "runs": str(tmp_path), "workers": 0, "name": "run", **settings}
     )
+
+
+def test_what_is_frozen_stays_under_every_schedule(small_set, tmp_path, quiet):
+    """fastai's `fit_one_cycle` of a frozen learner: one rate for all that learns, and one whole cycle."""
+    wanted = config(small_set, tmp_path, schedule="one-cycle", freeze_to=-1, epochs=1, lr=3e-3, train_bn=False)
+    folder = fine_tune(wanted, quiet).folder
+    (phase,) = (event for event in read(folder / "journal.jsonl") if event["event"] == "phase")
+    assert phase["phase"] == "frozen" and phase["lr"] == [3e-3] * 3
+    before, after = (safetensors.torch.load_file(folder / f"{name}.safetensors") for name in ("initial", "model"))
+    changed = {name.partition(".")[0] for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed == {"head"}
+    steps = [event["lr"][-1] for event in read(folder / "journal.jsonl") if event["event"] == "step"]
+    cycle = fit_one_cycle(lr=3e-3, groups=3, steps_per_epoch=len(steps), epochs=1)[0]
+    assert steps == pytest.approx([cycle.hyper(step)[0][-1] for step in range(len(steps))])
+
+
+def test_where_the_curve_says_nothing_there_is_no_rate(small_set, tmp_path, quiet):
+    curve = RangeTest(lrs=(1e-3,), losses=(1.0,), smoothed=(1.0,), suggestions={})
+    with mock.patch.object(worker, "range_test", return_value=curve):
+        found = lr_find(config(small_set, tmp_path), quiet)
+        assert found.suggestions == {}
+        result, warning = (
+            next(event for event in read(found.folder / "journal.jsonl") if event["event"] == kind)
+            for kind in ("range_result", "warning")
+        )
+        assert result["chosen"] is None
+        assert warning["message"] == "The range test's curve says nothing about the learning rate."
+        assert "no learning rate: the curve says nothing about it" in quiet.file.getvalue()
+        trained = fine_tune(config(small_set, tmp_path, name="trained", epochs=1), quiet)
+    warnings = [event["message"] for event in read(trained.folder / "journal.jsonl") if event["event"] == "warning"]
+    assert any("says nothing about the learning rate; going on with 0.001 (default)." in words for words in warnings)
 
 
 def test_a_job_leaves_everything_it_promises(small_set, tmp_path, quiet):
@@ -242,6 +276,8 @@ def test_a_loss_that_is_no_number_stops_the_run_in_words(prepared):
     [
         ({"size": 8}, "--size is 8; it must be between 32 and 1024 pixels"),
         ({"size": 4000}, "--size is 4000"),
+        ({"freeze_to": -1}, "--freeze-to is -1; it must be left out with --schedule fine-tune"),
+        ({"schedule": "one-cycle", "freeze_to": 3}, "--freeze-to is 3, and test_convnext has 3 layer groups here."),
         ({"batch": 54}, "--batch 54 is larger than the 53 training images"),
         ({"model": "resnet43"}, "unknown to torchvision and to timm"),
         ({"data": "/nowhere/at/all"}, "/nowhere/at/all"),

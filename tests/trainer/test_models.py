@@ -143,6 +143,18 @@ def test_auxiliary_classifiers_are_cut_out_and_nothing_else(name):
         assert torch.equal(body.eval()(images_NCHW), taken[0])
 
 
+@pytest.mark.parametrize("name", ["inception_v3", "googlenet"])
+def test_a_body_that_rebases_its_images_gets_them_rebased(name):
+    """Published weights come with `transform_input`, which `forward` alone does, before the parts that are kept."""
+    whole = torchvision.models.get_model(name, weights=None, init_weights=False, transform_input=True)
+    colours_N3 = torch.rand(5, 3)
+    mean_3, std_3 = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    imagenet_N3HW = ((colours_N3 - mean_3) / std_3)[:, :, None, None]
+    ours = models.statistics(name)
+    expected = (colours_N3 - torch.tensor(ours.mean)) / torch.tensor(ours.std)
+    assert torch.allclose(whole._transform_input(imagenet_N3HW)[:, :, 0, 0], expected, atol=1e-5)
+
+
 def test_a_size_that_the_body_cannot_take_is_told():
     with pytest.raises(UserError, match="takes no images of --size 32"):
         build("alexnet", size=32)

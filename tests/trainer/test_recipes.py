@@ -26,7 +26,14 @@ def test_its_command_means_its_settings(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_it_trains(name, small_set, tmp_path):
     little = {key: min(LITTLE[key], value) for key, value in RECIPES[name].settings.items() if key in LITTLE}
-    little = {"batch": 8, "model": "test_resnet", "pretrained": False, "lr_find_steps": 20, "wandb": "off"} | little
+    little = {
+        "batch": 8,
+        "model": "test_resnet",
+        "pretrained": False,
+        "lr_find_steps": 20,
+        "wandb": "off",
+        "precision": "fp32",
+    } | little
     config = RECIPES[name].config(data=small_set, workers=0, threads=1, runs=tmp_path, name="run", **little)
     result = fine_tune(config, Console(file=io.StringIO()))
     assert 0 <= result.error_rate <= 1
