@@ -184,7 +184,8 @@ class TrainConfig:
     runs: Path = Path("runs")
     """Folder that holds the runs' folders."""
     name: str | None = None
-    """Name of the run and its folder; a run that stopped goes on when it is named again. Default: data and time."""
+    """Name of the run and its folder; a run that stopped goes on when it is named again. Default: the data's name, date
+    and time."""
 
     def __post_init__(self) -> None:
         # From Python a path may come as a string, and the data folder as a path.
