@@ -75,7 +75,7 @@ def _result(run: Event, finished: Event | None, epochs: Sequence[Event], seconds
     took = duration(seconds)
     return (
         f"Error <b>{100 * finished['error_rate']:.1f}%</b>: {wrong:,} of {valid:,} validation images, after "
-        f"{run['epochs']} epochs on {run['train']:,} images in {took}."
+        f"{run['epochs']} epoch{'s' if run['epochs'] > 1 else ''} on {run['train']:,} images in {took}."
     )
 
 

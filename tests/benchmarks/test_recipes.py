@@ -1,5 +1,8 @@
 """Recipes as a benchmark: the command is run, and its journal's last epoch is told."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from benchmarks import recipes
@@ -21,3 +24,11 @@ def test_quick_trains_the_first(small_set):
 def test_one_that_is_none_is_told():
     with pytest.raises(UserError, match="--only lok: there is no such recipe; there are look, default"):
         recipes.main(RecipeOptions(only=("lok",)))
+
+
+def test_the_page_has_every_recipe_with_the_figures_of_its_record():
+    root = Path(__file__).parents[2]
+    record = json.loads((root / "benchmarks/results/recipes.json").read_text())
+    assert not record["config"]["quick"] and record["config"]["data"] == "breeds"
+    page = (root / "docs/recipes.md").read_text().splitlines()
+    assert [line for line in page if line.startswith("| ")][1:] == list(recipes.table(record))
