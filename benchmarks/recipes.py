@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from benchmarks.photographs import finished, read_through
 from benchmarks.record import Figure, Options, Record
@@ -45,15 +43,6 @@ def trained(config: TrainConfig) -> tuple[float, float, float]:
         events = journal.read(Path(scratch, "runs", "run", "journal.jsonl"))
     *_, last = (event for event in events if event["event"] == "epoch")
     return last["error_rate"], last["macro_f1"], wall
-
-
-def table(record: Mapping[str, Any]) -> Iterator[str]:
-    """The lines of docs/recipes.md's table, by a record as it is written."""
-    cells = {(figure["row"], figure["column"]): figure for figure in record["figures"]}
-    for name, recipe in RECIPES.items():
-        error, f1 = (f"{cells[name, column]['mean']:.3f}" for column in (ERROR, F1))
-        minutes = f"{cells[name, WALL]['median'] / 60:.1f}"
-        yield f"| {recipe.wish} | `{recipe.command('DIR')}` | {error} | {f1} | {minutes} |"
 
 
 def main(options: RecipeOptions) -> Record:

@@ -5,8 +5,7 @@
 
     fine_tune(RECIPES["detail"].config(data="photographs"))
 
-What each of them costs and brings on the embedded breeds is measured by `onewarp bench recipes`; docs/recipes.md has
-the figures beside the commands.
+What each of them costs and brings is measured by `onewarp bench recipes`.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class Recipe:
 RECIPES = {
     "look": Recipe(
         wish="See in a minute or two whether data and labels are what they should be.",
-        settings={"subset": 0.25, "size": 128, "epochs": 1},
+        settings={"subset": 0.25, "size": 128, "epochs": 1, "lr_find_steps": 20},
     ),
     "default": Recipe(
         wish="A good classifier of photographs.",

@@ -1,6 +1,5 @@
 """Recipes as a benchmark: the command is run, and its journal's last epoch is told."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -26,9 +25,7 @@ def test_one_that_is_none_is_told():
         recipes.main(RecipeOptions(only=("lok",)))
 
 
-def test_the_page_has_every_recipe_with_the_figures_of_its_record():
-    root = Path(__file__).parents[2]
-    record = json.loads((root / "benchmarks/results/recipes.json").read_text())
-    assert not record["config"]["quick"] and record["config"]["data"] == "breeds"
-    page = (root / "docs/recipes.md").read_text().splitlines()
-    assert [line for line in page if line.startswith("| ")][1:] == list(recipes.table(record))
+def test_the_page_has_every_recipe():
+    page = (Path(__file__).parents[2] / "docs/recipes.md").read_text().splitlines()
+    table = [line for line in page if line.startswith("| ")][1:]
+    assert table == [f"| {recipe.wish} | `{recipe.command('DIR')}` |" for recipe in RECIPES.values()]
