@@ -1,6 +1,7 @@
 """Workers that start beside what prepares their run."""
 
 import threading
+import time
 
 import pytest
 
@@ -18,14 +19,17 @@ def begun(monkeypatch):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_they_wait_for_the_configuration_however_few_they_are(tmp_path, begun, workers):
-    folder, ranks = RunFolder(tmp_path), Ranks(world_size=workers)
+    folder, ranks, before = RunFolder(tmp_path), Ranks(world_size=workers), time.time()
     thread = threading.Thread(target=starting._work, args=(folder, "train", True, ranks, print))
     thread.start()
     thread.join(0.3)
     assert thread.is_alive() and begun == []
     folder.config.write_text("{}")
     thread.join(10)
-    assert begun == [(tmp_path, "train", ranks, print)]
+    ((*told, arrival),) = begun
+    assert told == [tmp_path, "train", ranks, print]
+    assert before < arrival.met <= arrival.imported < time.time()
+    assert arrival.process < before
 
 
 def test_others_begin_at_once_and_say_what_they_do_not_see(tmp_path, begun):
