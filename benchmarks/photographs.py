@@ -27,6 +27,7 @@ from pathlib import Path
 from benchmarks.record import Figure, Options, Record
 from pipelines.errors import UserError
 from trainer import journal
+from trainer.config import TrainConfig, flags
 
 OURS, FASTAI = "onewarp train", "fastai, chapter 5"
 CHANNELS_LAST = "fastai, ChannelsLast"
@@ -78,13 +79,20 @@ class Run:
 
 def ours(data: Path, options: PhotographOptions, seed: int, scratch: Path) -> Run:
     """The command; `scratch` takes its runs and its cache."""
-    words = ["-m", "cluster.cli", "train", "--data", str(data), "--model", options.model, "--size", str(options.size)]
-    words += ["--epochs", str(options.epochs), "--batch", str(options.batch), "--seed", str(seed)]
-    words += ["--runs", str(scratch / "runs"), "--name", "run"]
+    config = TrainConfig(
+        data=str(data),
+        model=options.model,
+        size=options.size,
+        epochs=options.epochs,
+        batch=options.batch,
+        seed=seed,
+        runs=scratch / "runs",
+        name="run",
+    )
     if options.quick:
         # Ray alone takes a quarter of a minute to start and stop.
-        words += ["--workers", "0", "--threads", "1", "--lr-find-steps", "20"]
-    _, wall = finished(words, scratch)
+        config = replace(config, workers=0, threads=1, lr_find_steps=20)
+    _, wall = finished(our_command(config), scratch)
     events = journal.read(scratch / "runs" / "run" / "journal.jsonl")
     return replace(_of_journal(events), wall=wall)
 
@@ -114,6 +122,11 @@ def fastai(data: Path, options: PhotographOptions, seed: int, scratch: Path, *, 
 
 def _presized(options: PhotographOptions) -> int:
     return options.presized or round(1.5 * options.size)
+
+
+def our_command(config: TrainConfig) -> list[str]:
+    """The words for `finished` that train with this configuration."""
+    return ["-m", "cluster.cli", "train", *flags(config.as_dict())]
 
 
 def finished(words: Sequence[str], scratch: Path, more: Mapping[str, str] | None = None) -> tuple[str, float]:

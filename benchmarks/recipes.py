@@ -13,12 +13,11 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.photographs import finished, read_through
-from benchmarks.record import Figure, Options, Record
-from pipelines.datasets import named_dataset
+from benchmarks.photographs import finished, our_command, read_through
+from benchmarks.record import Figure, Options, Record, folder_of
 from pipelines.errors import UserError
 from trainer import journal
-from trainer.config import TrainConfig, flags
+from trainer.config import TrainConfig
 from trainer.recipes import RECIPES
 
 ERROR, F1, WALL = "validation error", "macro F1", "wall, s"
@@ -37,9 +36,8 @@ class RecipeOptions(Options):
 def trained(config: TrainConfig) -> tuple[float, float, float]:
     """(validation error, macro F1, seconds) of the command with this configuration."""
     with tempfile.TemporaryDirectory(prefix="onewarp-recipes-") as scratch:
-        place = ["--runs", str(Path(scratch, "runs")), "--name", "run"]
-        words = flags(config.as_dict(), without=("runs", "name"))
-        _, wall = finished(["-m", "cluster.cli", "train", *words, *place], Path(scratch))
+        config = replace(config, runs=Path(scratch, "runs"), name="run")
+        _, wall = finished(our_command(config), Path(scratch))
         events = journal.read(Path(scratch, "runs", "run", "journal.jsonl"))
     *_, last = (event for event in events if event["event"] == "epoch")
     return last["error_rate"], last["macro_f1"], wall
@@ -54,7 +52,7 @@ def main(options: RecipeOptions) -> Record:
         chosen, options = chosen[:1], replace(options, seeds=options.seeds[:1])
         # Ray alone takes a quarter of a minute to start and stop.
         small = {"workers": 0, "threads": 1, "lr_find_steps": 20, "size": 32, "batch": 8, "subset": 1.0}
-    folder, regex = named_dataset(options.data) or (Path(options.data).resolve(), None)
+    folder, regex = folder_of(options)
     read_through(folder)
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in chosen}
     for seed, name in itertools.product(options.seeds, chosen):

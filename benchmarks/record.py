@@ -38,6 +38,11 @@ class Options:
     """Write the record here, and its tables beside it in Markdown."""
 
 
+def folder_of(options: Options) -> tuple[Path, str | None]:
+    """The folder that the options mean, absolute, and how labels are read from its files' names, where they are."""
+    return named_dataset(options.data) or (Path(options.data).resolve(), None)
+
+
 def open_data(options: Options) -> Manifest:
     """The manifest of the folder or embedded data set that the options name."""
     named = named_dataset(options.data)

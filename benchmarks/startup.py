@@ -18,12 +18,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.photographs import finished, read_through
-from benchmarks.record import Figure, Options, Record
-from pipelines.datasets import named_dataset
+from benchmarks.photographs import finished, our_command, read_through
+from benchmarks.record import Figure, Options, Record, folder_of
 from trainer import allocation, journal, weights
-from trainer.config import TrainConfig, flags
-from trainer.starting import default_workers
+from trainer.config import TrainConfig
+from trainer.run_folder import RunFolder
+from trainer.starting import default_workers, gpus
 
 RAY, TORCHRUN = "Ray Train (onewarp train)", "torchrun"
 MOMENTS = {
@@ -66,9 +66,7 @@ class Started:
 
 
 def by_ray(config: TrainConfig, scratch: Path) -> Started:
-    words = flags(config.as_dict(), without=("runs", "name"))
-    place = ["--runs", str(config.runs), "--name", str(config.name)]
-    return _started(["-m", "cluster.cli", "train", *words, *place], config, scratch)
+    return _started(our_command(config), config, scratch)
 
 
 def by_torchrun(config: TrainConfig, scratch: Path) -> Started:
@@ -80,10 +78,12 @@ def by_torchrun(config: TrainConfig, scratch: Path) -> Started:
 
 def _started(words: list[str], config: TrainConfig, scratch: Path) -> Started:
     before = time.time()
-    _, wall = finished(words, scratch, _memory())
-    folder = config.runs / str(config.name)
-    found = moments(journal.read(folder / "journal.jsonl"), (folder / "config.json").stat().st_mtime)
-    steps = [event for event in journal.read(folder / "journal.jsonl") if event["event"] == "step"]
+    # Workers on CPUs hold on to memory, whoever starts them.
+    _, wall = finished(words, scratch, {} if gpus() else allocation.environment())
+    folder = RunFolder(config.runs / str(config.name))
+    events = journal.read(folder.journal)
+    found = moments(events, folder.config.stat().st_mtime)
+    steps = [event for event in events if event["event"] == "step"]
     assert isinstance(config.batch, int)
     return Started(
         moments={name: at - before for name, at in found.items()} | {"end": wall},
@@ -103,15 +103,8 @@ def moments(events: list[dict], prepared: float) -> dict[str, float]:
     }
 
 
-def _memory() -> Mapping[str, str]:
-    """Workers on CPUs hold on to memory, whoever starts them."""
-    import torch
-
-    return {} if torch.cuda.is_available() else allocation.environment()
-
-
 def main(options: StartupOptions) -> Record:
-    folder, regex = named_dataset(options.data) or (Path(options.data).resolve(), None)
+    folder, regex = folder_of(options)
     if options.quick:
         options = replace(options, rounds=1, model="test_efficientnet", size=32, batch=8)
     read_through(folder)

@@ -20,6 +20,7 @@ from trainer.arrival import Arrival
 from trainer.config import TrainConfig
 from trainer.ranks import Ranks
 from trainer.run_folder import RunFolder
+from trainer.starting import POLL
 
 
 def main() -> None:
@@ -45,7 +46,7 @@ def main() -> None:
     if ranks.rank == 0:
         prepare(config, Console())
     while not folder.config.exists():
-        time.sleep(0.05)
+        time.sleep(POLL)
     run(folder.path, "train", ranks, arrival=arrival)
     dist.destroy_process_group()
 

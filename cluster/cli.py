@@ -46,8 +46,6 @@ def find_rate(config: Flags, output: Shown) -> None:
     from trainer.job import lr_find  # which takes seconds
 
     found = lr_find(config, console, output.on_event())
-    if not found.suggestions:
-        console.print("none      the curve says nothing about the learning rate: the loss never fell", highlight=False)
     for method, lr in found.suggestions.items():
         console.print(f"{method:8s}  {lr:.2e}", highlight=False)
     console.print(f"plot      {found.folder / 'lr_find.png'}", highlight=False, soft_wrap=True)
