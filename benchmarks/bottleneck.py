@@ -4,8 +4,9 @@
 
 Everything is measured as a training does it, in one process on all cores: what reads and decodes, by itself; what
 computes, by itself, on batches that lie in memory; both together, with the share of time that the model waits for
-images. Whatever is slower binds. Then the switches that could help are tried, one at a time, and only what helped is
-named.
+images. Whatever is slower binds. Then the workers that a training here starts compute with and without a word between
+them: what lies between is the all-reduce. At last the switches that could help are tried, one at a time, and only what
+helped is named.
 """
 
 from __future__ import annotations
@@ -18,34 +19,32 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from benchmarks.first import first_model
-from benchmarks.overhead import InMemory
-from benchmarks.record import Figure, Options, Record, open_data
-from pipelines import Augment, Loader, Samples, pack
+from benchmarks.data import open_data, part_of
+from benchmarks.learning import FIRST, Setting, Training, loader_of
+from benchmarks.record import Figure, Options, Record
+from benchmarks.spawned import on_ranks, together
+from pipelines import Samples, pack
 from pipelines.errors import UserError
-from pipelines.loader import Batch
 from pipelines.manifest import Manifest
-from trainer import models, optim, precision, schedule
-from trainer.journal import Journal, read
-from trainer.loop import Learner, train_epoch
-from trainer.position import Position
+from pipelines.store import Store
+from trainer import precision
 from trainer.ranks import Ranks
+from trainer.starting import default_workers
 
 SPEED, GAIN = "img/s", "with it ÷ without"
 STORAGE, READING, MODEL, BOTH = "reading files, not cached", "the loader alone", "the model alone", "both together"
 WAITING = "both together: waiting for images, %"
-COPY = "copying images to the GPU"
+COPY = "copying to the GPU what the loader copies"
+APART, JOINED = "workers that compute side by side", "the same, with their all-reduce"
 HELPS = 1.05  # what is faster by less is no help
-FIRST = 3  # steps of an epoch that do not count
 FEWEST = 4  # steps that are counted, at least
 SOME = 1000  # images on which stores are tried
-_RATE = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,44 +61,15 @@ class DoctorOptions(Options):
     """Images in a step."""
     rounds: int = 3
     """Measurements of each."""
-    seconds: float = 6.0
+    seconds: float = 4.0
     """How long each takes, at least."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What can be switched."""
-
-    samples: Samples
-    batch: int
-    threads: int
-    precision: str = "auto"
-
-
-def loader_of(setting: Setting, options: DoctorOptions) -> Loader:
-    statistics_ = models.statistics(options.model)
-    device = Ranks().device
-    return Loader(
-        setting.samples,
-        size=options.size,
-        global_batch=setting.batch,
-        augment=Augment(),
-        threads=setting.threads,
-        mean=statistics_.mean,
-        std=statistics_.std,
-        device="gpu" if device.type == "cuda" else "cpu",
-        half=precision.resolve(setting.precision, device).half_images,
-    )
-
-
-def endless(loader: Loader) -> Iterator[Batch]:
-    return itertools.chain.from_iterable(loader.epoch(epoch) for epoch in itertools.count())
 
 
 def reading(setting: Setting, options: DoctorOptions) -> float:
     """Images a second of the loader alone."""
-    batches = endless(loader_of(setting, options))
-    for _ in range(3):
+    loader = loader_of(setting)
+    batches = itertools.chain.from_iterable(loader.epoch(epoch) for epoch in itertools.count())
+    for _ in range(FIRST):
         next(batches)
     return _rate(lambda: len(next(batches).labels_N), options.seconds)
 
@@ -124,11 +94,15 @@ def storage(samples: Samples, options: DoctorOptions) -> float | None:
 
 
 def copying(setting: Setting, options: DoctorOptions) -> float | None:
-    """Images a second that reach the GPU from the memory of the host; `None` where there is no GPU."""
-    device = Ranks().device
+    """Images a second that reach the GPU from the memory of the host: files, or the pixels of a decoded store, as it is
+    there that they become a batch. `None` where there is no GPU."""
+    device, samples = Ranks().device, setting.samples
     if device.type != "cuda":
         return None
-    host = torch.empty(setting.batch, 3, options.size, options.size, dtype=torch.float16).pin_memory()
+    size = float(samples.bytes_N.mean())
+    if samples.store is not None and Store.open(samples.store).kind == "decoded":
+        size = 3 * float((samples.heights_N.astype(float) * samples.widths_N).mean())
+    host = torch.empty(setting.batch * round(size), dtype=torch.uint8).pin_memory()
 
     def one() -> int:
         host.to(device)
@@ -145,57 +119,28 @@ def _rate(act: Callable[[], int], seconds: float) -> float:
     return done / elapsed
 
 
-class Training:
-    """Everything learns, at a rate that moves nothing."""
+def speed(training: Training, options: DoctorOptions, *, loaded: bool) -> tuple[float, float]:
+    """Images a second, and the share of time spent waiting for them."""
+    took = training.run(loaded=loaded, steps=1 if options.quick else FEWEST, seconds=options.seconds)
+    return training.setting.batch / took.step, took.waited / took.seconds
 
-    def __init__(self, setting: Setting, options: DoctorOptions, folder: Path) -> None:
-        self._setting, self._options = setting, options
-        torch.set_num_threads(setting.threads)
-        ranks = Ranks()
-        numbers = precision.resolve(setting.precision, ranks.device)
-        numbers.set_tf32()
-        classes = len(setting.samples.classes)
-        model = first_model(options.model, head="fastai", classes=classes, size=options.size)
-        model = model.to(device=ranks.device).ordered(torch.channels_last)
-        optimizer = optim.build(model, 0.01, options.size)
-        self._learner = Learner(model=model, optimizer=optimizer, precision=numbers, ranks=ranks)
-        self._learner.train(first_group=0)
-        self._loader = loader_of(setting, options)
-        groups = len(optim.groups_of(optimizer))
-        (self._phase,) = schedule.fit_flat_cos(lr=_RATE, groups=groups, steps_per_epoch=10**6, epochs=1)
-        self._folder, self._epochs = folder, itertools.count()
 
-    def speed(self, *, loaded: bool) -> tuple[float, float]:
-        """Images a second, and the share of time spent waiting for them; on batches in memory, or `loaded` ones.
-
-        The first steps of an epoch, in which queues fill and kernels are chosen, do not count.
-        """
-        images, took, waited = 0, 0.0, 0.0
-        began = time.perf_counter()
-        while took < self._options.seconds:
-            epoch = next(self._epochs)
-            file = self._folder / f"{epoch}.jsonl"
-            journal = Journal(file)
-            steps = self._loader.steps if loaded else FIRST + 1000
-            batches: Any = self._loader if loaded else InMemory(self._loader, steps)
-            start = Position(epoch=epoch, base_lr=_RATE)
-            counted: tuple[float, int] | None = None
-            for position in train_epoch(self._learner, batches, self._phase, start, seed=0, journal=journal):
-                now = time.perf_counter()
-                if counted is None:
-                    counted = (now, position.step) if position.step >= FIRST else None
-                    continue
-                images += self._setting.batch * (position.step - counted[1])
-                took += now - counted[0]
-                counted = (now, position.step)
-                if took > self._options.seconds and images >= FEWEST * self._setting.batch:
-                    break
-            journal.close()
-            told = [event for event in read(file) if event["event"] == "step"][FIRST:]
-            waited += sum(event["data_wait"] * self._setting.batch / event["images_per_second"] for event in told)
-            if not images and time.perf_counter() - began > 20 * self._options.seconds:
-                break
-        return images / max(took, 1e-9), waited / max(took, 1e-9)
+def side_by_side(
+    settings: dict[str, Setting], rounds: int, steps: int, ranks: Ranks, folder: Path
+) -> dict[str, list[float]]:
+    """Images a second of all workers together: `APART`, as in `settings[JOINED]`, then each setting; in turn."""
+    joined = settings[JOINED]
+    own = replace(joined, batch=joined.batch // ranks.world_size)
+    turns = {APART: Training(own, folder / f"apart{ranks.rank}", Ranks(local_rank=ranks.local_rank))}
+    for number, (name, setting) in enumerate(settings.items()):
+        turns[name] = Training(setting, folder / f"{number}-{ranks.rank}", ranks)
+    speeds: dict[str, list[float]] = {name: [] for name in turns}
+    for _ in range(rounds):
+        for name, training in turns.items():
+            together(ranks)
+            took = max(ranks.gather([training.run(loaded=False, steps=steps).step]))
+            speeds[name].append((joined if name == APART else training.setting).batch / took)
+    return speeds
 
 
 def main(options: DoctorOptions) -> Record:
@@ -203,13 +148,19 @@ def main(options: DoctorOptions) -> Record:
     if options.quick:
         tiny = {"model": "test_efficientnet", "size": 32, "batch": 8, "rounds": 1, "seconds": 0.3}
         options = replace(options, **tiny)
-    least = (FIRST + 2) * options.batch
-    if len(manifest.train) < least:
+    if len(manifest.train) < options.batch:
         raise UserError(
-            f"--batch {options.batch} gives {len(manifest.train)} images too few steps to measure. Choose "
-            f"--batch {max(2, len(manifest.train) // (FIRST + 2))} or less."
+            f"--batch {options.batch} is more than the {len(manifest.train)} images for training. Choose a smaller one."
         )
-    setting = Setting(samples=manifest.train, batch=options.batch, threads=options.threads)
+    if options.batch < 2:
+        raise UserError(f"--batch {options.batch}: batch-norm has no variance of one image. Choose 2 or more.")
+    setting = Setting(
+        samples=manifest.train,
+        model=options.model,
+        size=options.size,
+        batch=options.batch,
+        threads=options.threads,
+    )
     with tempfile.TemporaryDirectory(prefix="onewarp-doctor-") as scratch:
         figures, words, skipped = examine(manifest, setting, options, Path(scratch))
     record = Record(
@@ -229,7 +180,7 @@ def examine(
 ) -> tuple[list[Figure], tuple[str, ...], dict[str, str]]:
     """All figures, what they say, and what could not be tried."""
     told: dict[str, list[float]] = {}
-    training = Training(setting, options, scratch)
+    training = Training(setting, scratch / "training")
     for _ in range(options.rounds):
         for name, value in (
             (STORAGE, storage(setting.samples, options)),
@@ -238,36 +189,84 @@ def examine(
         ):
             if value is not None:
                 told.setdefault(name, []).append(value)
-        told.setdefault(MODEL, []).append(training.speed(loaded=False)[0])
-        speed, waited = training.speed(loaded=True)
-        told.setdefault(BOTH, []).append(speed)
+        told.setdefault(MODEL, []).append(speed(training, options, loaded=False)[0])
+        images, waited = speed(training, options, loaded=True)
+        told.setdefault(BOTH, []).append(images)
         told.setdefault(WAITING, []).append(100 * waited)
+    middle = {name: statistics.median(samples) for name, samples in told.items()}
+    bound, words = verdict(middle)
+    skipped: dict[str, str] = {}
+    gains = {name: gain(*both, options) for name, both in _tried(bound, manifest, setting, options, scratch, skipped)}
+    remarks = [words]
+    workers = default_workers()
+    if workers > 1 and setting.batch >= 2 * workers:
+        each = replace(setting, threads=max(1, setting.threads // workers), batch=setting.batch // workers * workers)
+        steps = max(1 if options.quick else 2, round(options.seconds * middle[MODEL] / setting.batch))
+        speeds, words, helped = _exchanged(each, workers, steps, options)
+        told, gains = told | speeds, gains | helped
+        remarks.append(words)
     figures = [
         Figure(row=name, column="" if name == WAITING else SPEED, samples=samples) for name, samples in told.items()
     ]
-    bound, words = verdict({name: statistics.median(samples) for name, samples in told.items()})
-    skipped: dict[str, str] = {}
-    gains = {name: gain(*both, options) for name, both in _tried(bound, manifest, setting, options, scratch, skipped)}
     figures += [Figure(row=name, column=GAIN, samples=samples) for name, samples in gains.items()]
-    middle = {name: statistics.median(samples) for name, samples in gains.items()}
-    return figures, (words, advice(bound, middle)), skipped
+    remarks.append(advice(bound, {name: statistics.median(samples) for name, samples in gains.items()}))
+    return figures, tuple(remarks), skipped
+
+
+def _exchanged(
+    each: Setting, workers: int, steps: int, options: DoctorOptions
+) -> tuple[dict[str, list[float]], str, dict[str, list[float]]]:
+    """Speeds without and with the all-reduce; what they say; and what switches gain, where it takes its time."""
+
+    def speeds_of(settings: dict[str, Setting]) -> dict[str, list[float]]:
+        return on_ranks(workers, each.threads, partial(side_by_side, settings, options.rounds, steps))
+
+    speeds = speeds_of({JOINED: each})
+    share, words = exchange(workers, statistics.median(speeds[APART]), statistics.median(speeds[JOINED]))
+    if share <= 1 - 1 / HELPS:
+        return speeds, words, {}
+    others = {"--grad-compression fp16": replace(each, compression="fp16")}
+    if 2 * each.batch <= len(each.samples):
+        others[f"--batch {2 * each.batch}"] = replace(each, batch=2 * each.batch)
+    tried = speeds_of({JOINED: each, **others})
+    gains = {
+        f"{name}, on {workers} workers": [new / old for new, old in zip(tried[name], tried[JOINED], strict=True)]
+        for name in others
+    }
+    return speeds, words, gains
+
+
+def exchange(workers: int, apart: float, joined: float) -> tuple[float, str]:
+    """The share of a step that the all-reduce takes, from images a second without and with it; and a sentence of it."""
+    share = max(0.0, 1 - joined / apart)
+    return share, (
+        f"On {workers} workers the all-reduce takes {100 * share:.1f}% of a step: {joined:,.0f} images/s, "
+        f"{apart:,.0f} without it."
+    )
 
 
 def verdict(speeds: dict[str, float]) -> tuple[str, str]:
     """What binds, by images a second: `READING`, `STORAGE`, `COPY` or `MODEL`; and that in a sentence.
 
     The loader shares the cores with the model, so what each does alone does not decide: what both do together does.
+    And what is slower alone than both together does not bind them: the files are cached after an epoch, where there is
+    memory for them.
     """
     whole, both = speeds[MODEL], speeds[BOTH]
     waits = f"it waits for images {speeds[WAITING]:.1f}% of the time"
+    cold = ""
+    if speeds.get(STORAGE, both) * HELPS < both:
+        cold = f" The first epoch, whose files are not cached yet, gets no more than {speeds[STORAGE]:,.0f} a second."
     if both * HELPS >= whole:
-        return MODEL, f"Computing binds: {both:,.0f} images/s, {whole:,.0f} on images that lie in memory, and {waits}."
-    ways = [name for name in (STORAGE, COPY) if name in speeds and speeds[name] < HELPS * speeds[READING]]
+        words = f"Computing binds: {both:,.0f} images/s, {whole:,.0f} on images that lie in memory, and {waits}."
+        return MODEL, words + cold
+    most = HELPS * min(both, speeds[READING])
+    ways = [name for name in (STORAGE, COPY) if both <= HELPS * speeds.get(name, 0.0) <= HELPS * most]
     bound = min(ways, key=lambda name: speeds[name], default=READING)
     what = {READING: "Decoding", STORAGE: "The storage", COPY: "The copy to the GPU"}[bound]
     return bound, (
         f"{what} binds: {both:,.0f} images/s, {whole:,.0f} on images that lie in memory, and {waits}; alone it gives "
-        f"{speeds[bound]:,.0f}."
+        f"{speeds[bound]:,.0f}.{cold}"
     )
 
 
@@ -284,8 +283,12 @@ def advice(bound: str, gains: dict[str, float]) -> str:
 
 def gain(without: Training, with_it: Training, options: DoctorOptions) -> list[float]:
     """How much faster a training is with a switch, of each round; the two take turns."""
-    pairs = [(without.speed(loaded=True)[0], with_it.speed(loaded=True)[0]) for _ in range(options.rounds)]
-    return [fast / slow for slow, fast in pairs]
+    ratios = []
+    for turn in range(options.rounds):
+        pair = (without, with_it) if turn % 2 == 0 else (with_it, without)
+        speeds = {training: speed(training, options, loaded=True)[0] for training in pair}
+        ratios.append(speeds[with_it] / speeds[without])
+    return ratios
 
 
 def _tried(
@@ -295,21 +298,20 @@ def _tried(
     numbers = itertools.count()
 
     def training(setting: Setting) -> Training:
-        folder = scratch / f"switch{next(numbers)}"
-        folder.mkdir()
-        return Training(setting, options, folder)
+        return Training(setting, scratch / f"switch{next(numbers)}")
 
     cores = len(os.sched_getaffinity(0))
     others = {}
     if setting.threads < cores:
         others[f"--threads {cores}"] = replace(setting, threads=cores)
     if bound == MODEL:
-        others["--precision bf16"] = replace(setting, precision="bf16")
-        if 2 * (FIRST + 2) * setting.batch <= len(setting.samples):
+        device = Ranks().device
+        if precision.resolve(setting.precision, device).name != "bf16":
+            others["--precision bf16"] = replace(setting, precision="bf16")
+        if 2 * setting.batch <= len(setting.samples):
             others[f"--batch {2 * setting.batch}"] = replace(setting, batch=2 * setting.batch)
     for name, other in others.items():
         yield name, (training(setting), training(other))
-    torch.set_num_threads(setting.threads)
     if bound == MODEL or setting.samples.store is not None:
         return
     # Of a large set a part tells the same, and fits anywhere.
@@ -322,14 +324,8 @@ def _tried(
     }
     for number, (name, how) in enumerate(switches.items()):
         try:
-            stored = pack(_part(manifest, few), scratch / f"store{number}", threads=setting.threads, **how)
+            stored = pack(part_of(manifest, few), scratch / f"store{number}", threads=setting.threads, **how)
         except UserError as error:
             skipped[name] = str(error)
             continue
         yield name, (training(plain), training(replace(setting, samples=stored.manifest.train)))
-
-
-def _part(manifest: Manifest, few: Samples) -> Manifest:
-    """The manifest of these training images and of one for validation."""
-    rows_N = np.sort(np.concatenate([few.ids_N, manifest.valid.ids_N[:1]]))
-    return manifest.part(rows_N)

@@ -60,8 +60,10 @@ def measured(images: Sequence[np.ndarray], size: int, seed: int) -> Iterator[tup
             chained_HWC = oracle.warp(chained_HWC, maps[-1], size)
             matrix_33 = source_33 @ all_33 @ down_33
             ideal_HWC, _ = oracle.ideal(image_HWC, matrix_33, size)
+            if np.ptp(ideal_HWC, axis=(0, 1)).max() < 1:  # one colour, which every way gets right
+                continue
             # What a picture of the chain mirrors the warp still reads; neither is judged by that.
-            mirrored_HW1 = oracle.around(oracle.padded(maps, [size] * count, [size] * count, size))[..., None]
+            fit_HW = ~oracle.around(oracle.padded(maps, [size] * count, [size] * count, size))
             pictures = (once(image_HWC, matrix_33, size), chained_HWC)
-            ours, theirs = (oracle.psnr(np.where(mirrored_HW1, ideal_HWC, picture), ideal_HWC) for picture in pictures)
+            ours, theirs = (oracle.psnr(picture, ideal_HWC, fit_HW) for picture in pictures)
             yield count, ours, theirs

@@ -33,9 +33,10 @@ from typing import Any, Literal
 import safetensors.torch
 from rich.console import Console
 
+from benchmarks.data import open_data
 from benchmarks.nodes import RAY, Node, nodes
 from benchmarks.processes import MARK, workers
-from benchmarks.record import Figure, Options, Record, open_data
+from benchmarks.record import Figure, Options, Record
 from trainer import TrainConfig, fine_tune, journal
 
 Kind = Literal["worker", "node", "command"]

@@ -27,9 +27,12 @@ from PIL import Image
 
 from benchmarks import chained, oracle, portrayed
 from benchmarks.chained import once
-from benchmarks.record import Figure, Options, Record, open_data
+from benchmarks.data import open_data
+from benchmarks.megapixels import mosaic
+from benchmarks.record import Figure, Options, Record
 from pipelines import Augment, Loader, Samples, scan
 from pipelines.decode import decoded
+from pipelines.errors import UserError
 from pipelines.geometry import (
     Draws,
     augmentation,
@@ -46,7 +49,8 @@ PRESIZED = 460  # pixels, as in chapter 5 of fastai's book
 OURS = "onewarp: one warp (Loader)"
 
 # Arguments of the Loader beside the defaults, by the name of the row.
-LOADERS: dict[str, dict[str, Any]] = {OURS: {}, "onewarp: one warp of 2 x 2 points a pixel": {"quality": "high"}}
+HIGH = "onewarp: one warp of 2 x 2 points a pixel"
+LOADERS: dict[str, dict[str, Any]] = {OURS: {}, HIGH: {"quality": "high"}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,29 +185,11 @@ def enlarged(samples: Samples, count: int, megapixels: float, seed: int) -> Gene
             chosen = rng.choice(len(samples), min(len(samples), 60), replace=False)
             paths = [samples.root / samples.paths[i] for i in chosen]
             side = max(height, width) if number < count else 64
-            picture = Image.fromarray(_mosaic(paths, min(height, side), side))
+            picture = Image.fromarray(mosaic(paths, min(height, side), side))
             file = Path(folder, "train" if number < count else "valid", f"class{number % 2}", f"{number:04d}.jpg")
             file.parent.mkdir(parents=True, exist_ok=True)
             picture.save(file, quality=95, subsampling=0)
         yield scan(folder).train
-
-
-def _mosaic(paths: list[Path], height: int, width: int) -> np.ndarray:
-    """Photographs side by side at their own scale, uint8 [height, width, 3]; each fills one cell, cut to its size."""
-    photographs = []
-    for path in paths:
-        with Image.open(path) as image:
-            photographs.append(np.asarray(image.convert("RGB")))
-    rows = min(len(photograph) for photograph in photographs)
-    columns = min(photograph.shape[1] for photograph in photographs)
-    picture_HWC = np.empty((height, width, 3), np.uint8)
-    number = 0
-    for top in range(0, height, rows):
-        for left in range(0, width, columns):
-            cell_HWC = picture_HWC[top : top + rows, left : left + columns]
-            cell_HWC[:] = photographs[number % len(photographs)][: cell_HWC.shape[0], : cell_HWC.shape[1]]
-            number += 1
-    return picture_HWC
 
 
 def loaded(
@@ -239,11 +225,12 @@ METRICS = {
     "PSNR, dB": oracle.psnr,
     "SSIM": oracle.ssim,
     "gradient energy ÷ ideal's": oracle.sharpness,
-    "power of the finest detail ÷ ideal's": lambda picture_HWC, ideal_HWC: float(_finest(picture_HWC, ideal_HWC)),
 }
+FINEST = "power of the finest detail ÷ ideal's"
 CHAIN = "one warp, dB", "one by one, dB", "gap, dB"
 WHOLE = "PSNR, padding too, dB"
-DIFFERENCE, PADDED, COST = "ours − this, dB", "padding, % of pixels", "core-ms"
+DIFFERENCES = {OURS: "one warp − this, dB", HIGH: "one warp of 2 x 2 − this, dB"}
+PADDED, COST = "padding, % of pixels", "core-ms"
 
 
 def _finest(picture_HWC: np.ndarray, ideal_HWC: np.ndarray) -> np.floating:
@@ -262,6 +249,8 @@ class Seen:
     """Of each way, its power over the ideal's by frequency, the mean over all photographs, [F]."""
     left_out: float
     """Share of the pixels that no way is judged by."""
+    blank: int
+    """Photographs of which the draw shows one colour and nothing else: no way can be judged by them."""
 
 
 def measure(
@@ -276,17 +265,22 @@ def measure(
     example: dict[str, np.ndarray] = {}
     powers: dict[str, list[np.ndarray]] = {}
     left_out: list[float] = []
+    blank = 0
     small_HWC = np.zeros((2 * size, 2 * size, 3), np.uint8)
     for way in ways.values():  # imports and the like are outside the clock
         way(small_HWC, loader.draws(0, np.zeros(1, np.int64)), size)
 
-    def note(row: str, picture_HWC: np.ndarray, ideal_HWC: np.ndarray) -> None:
-        powers.setdefault(row, []).append(oracle.spectrum(picture_HWC) / oracle.spectrum(ideal_HWC))
+    def note(row: str, picture_HWC: np.ndarray, ideal_HWC: np.ndarray, fit_HW: np.ndarray) -> None:
+        # A spectrum is of the whole picture: where it is not fit it shows the ideal.
+        whole_HWC = np.where(fit_HW[..., None], picture_HWC, ideal_HWC)
+        powers.setdefault(row, []).append(oracle.spectrum(whole_HWC) / oracle.spectrum(ideal_HWC))
+        cells.setdefault((row, FINEST), []).append(float(_finest(whole_HWC, ideal_HWC)))
         for column, metric in METRICS.items():
-            cells.setdefault((row, column), []).append(metric(picture_HWC, ideal_HWC))
+            cells.setdefault((row, column), []).append(metric(picture_HWC, ideal_HWC, fit_HW))
         psnrs = "PSNR, dB"
-        if row != OURS:
-            cells.setdefault((row, DIFFERENCE), []).append(cells[OURS, psnrs][-1] - cells[row, psnrs][-1])
+        for ours, column in DIFFERENCES.items():
+            if row not in LOADERS or (row, ours) == (HIGH, OURS):
+                cells.setdefault((row, column), []).append(cells[ours, psnrs][-1] - cells[row, psnrs][-1])
 
     for position in range(n):
         path = os.path.join(samples.root, samples.paths[position])
@@ -299,6 +293,9 @@ def measure(
         draws = loader.draws(0, np.array([position]))
         matrix_33 = compose(draws, np.array([height]), np.array([width]), size)[0]
         ideal_HWC, per_side = oracle.ideal(image_HWC, matrix_33, size)
+        if np.ptp(ideal_HWC, axis=(0, 1)).max() < 1:  # of 255
+            blank += 1
+            continue
         per_sides.add(per_side)
         example.setdefault("the ideal", ideal_HWC)
         padded_HW = oracle.padded([matrix_33], [height], [width], size)
@@ -309,25 +306,28 @@ def measure(
             started = time.process_time()
             outcome = way(image_HWC, draws, size)
             outcomes[name] = outcome, decoding + 1000 * (time.process_time() - started)
-        # Where any way shows padding, all show the ideal: some read beyond the square where others mirror, and what is
+        # None is judged where any way shows padding: some read beyond the square where others mirror, and what is
         # measured is interpolation.
-        unfit_HW1 = oracle.around(np.any([outcome.padded_HW for outcome, _ in outcomes.values()], axis=0))[..., None]
+        fit_HW = ~oracle.around(np.any([outcome.padded_HW for outcome, _ in outcomes.values()], axis=0))
         for name, (outcome, cost) in outcomes.items():
             own_33 = outcome.ideal_from_output_33
             its_HWC = ideal_HWC if own_33 is None else oracle.ideal(image_HWC, own_33, size)[0]
-            note(name, np.where(unfit_HW1, its_HWC, outcome.picture_HWC), its_HWC)
+            note(name, outcome.picture_HWC, its_HWC, fit_HW)
             cells.setdefault((name, WHOLE), []).append(oracle.psnr(outcome.picture_HWC, its_HWC))
             example.setdefault(name, outcome.picture_HWC)
             cells.setdefault((name, PADDED), []).append(100 * float(outcome.padded_HW.mean()))
             cells.setdefault((name, COST), []).append(cost)
-        left_out.append(float(unfit_HW1.mean()))
+        left_out.append(1 - float(fit_HW.mean()))
+    if not left_out:
+        raise UserError(f"None of the {n} photographs shows anything but one colour. Choose another --data.")
     figures = [
         Figure(row=row, column=column, samples=samples, centre="mean") for (row, column), samples in cells.items()
     ]
-    columns = [*METRICS, DIFFERENCE, PADDED, WHOLE, COST]
+    columns = [*METRICS, FINEST, *DIFFERENCES.values(), PADDED, WHOLE, COST]
     spectra = {name: np.mean(power_NF, axis=0) for name, power_NF in powers.items()}
     ordered = sorted(figures, key=lambda figure: columns.index(figure.column))
-    return ordered, per_sides, Seen(example=example, spectra=spectra, left_out=float(np.mean(left_out)))
+    seen = Seen(example=example, spectra=spectra, left_out=float(np.mean(left_out)), blank=blank)
+    return ordered, per_sides, seen
 
 
 def main(options: InterpolationOptions) -> Record:
@@ -350,6 +350,8 @@ def main(options: InterpolationOptions) -> Record:
             figures, per_sides, seen = measure(large, options, ways)
     else:
         figures, per_sides, seen = measure(samples.subset(spread), options, ways)
+    if seen.blank:
+        skipped[f"{seen.blank} of the photographs"] = "they show nothing but one colour"
     some = spread[:: max(1, len(spread) // (2 if options.quick else 25))]
     few = [decoded(os.path.join(samples.root, samples.paths[i])) for i in some]
     chain: dict[int, list[tuple[float, float]]] = {}
@@ -371,15 +373,15 @@ def main(options: InterpolationOptions) -> Record:
             f"The ideal is the mean of {min(per_sides)}² to {max(per_sides)}² bicubic samples a pixel.",
             "fastai's crops fall on whole pixels: it is held against an ideal moved likewise.",
             f"Pixels where any way shows padding, and their neighbours ({100 * seen.left_out:.1f}%), count for none, "
-            "but in the column that says so: presizing, fastai and the chain cut the square first and mirror what "
-            "one warp reads.",
+            "but in the column that says so (in a spectrum they are the ideal's): presizing, fastai and the chain cut "
+            "the square first and mirror what one warp reads.",
             "Transforms in a row are each a rotation of up to "
             f"{chained.ANGLE:g}°, a zoom of up to {chained.ZOOM:g} and a tilt of up to {chained.TILT:g} ({len(few)} "
             "photographs).",
             "Core time is from the file on, decoding included: ours in batches, the others one by one through Pillow "
             "and torch on one thread; benchmarks.loaders compares speed.",
         ),
-        packages=() if skipped else ("fastai",),
+        packages=("fastai",) if find_spec("fastai") else (),
     )
     record.publish()
     if options.json is not None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +28,8 @@ import numpy as np
 import torch
 
 from benchmarks import footprint, megapixels, peers
-from benchmarks.record import Figure, Options, Record, open_data
+from benchmarks.data import long, open_data, part_of
+from benchmarks.record import Figure, Options, Record
 from pipelines import Augment, Loader, Samples, pack
 
 OURS = "onewarp Loader, full augmentation"
@@ -41,7 +41,7 @@ FIXED, EACH = "core-ms/img, of no pixels", "core-ms/megapixel"
 CEILING, CROP = "DALI, decoding alone (the ceiling)", "torchvision v2, RandomResizedCrop + flip"
 LAW = (OURS, CEILING, CROP)
 _LAW_IMAGES, _LAW_BATCH = 16, 8
-_LONG = 100_000  # images in an epoch, the set repeated: no epoch ends within a round
+_STORED_PIXELS = 2e9  # of the decoded store, 3 bytes each: of a larger set a part is stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +81,8 @@ class Way:
     """Distributions that are no dependencies of ours."""
     library: str | None = None
     """A system library that they want."""
+    imports: tuple[str, ...] = ()
+    """Modules that this way alone uses."""
 
     @property
     def missing(self) -> list[str]:
@@ -100,14 +102,21 @@ WAYS = (
     Way(name="DALI as usual: resize 460, crop, warp_affine", batches=peers.dali_usual),
     Way(name="torchvision v2, repeated chain", batches=peers.torchvision_chain),
     Way(name=CROP, batches=peers.torchvision_crop),
-    Way(name="timm, training transform", batches=peers.timm_train),
+    Way(name="timm, training transform", batches=peers.timm_train, imports=("timm.data",)),
     Way(
         name="albumentations, RandomResizedCrop + flip + light",
         batches=peers.albumentations,
         needs=("albumentations", "opencv-python-headless"),
+        imports=("cv2", "albumentations", "albumentations.pytorch"),
     ),
-    Way(name="SPDL, decode and resize alone", batches=peers.spdl_resized, needs=("spdl",), library="avutil"),
-    Way(name="fastai, presizing", batches=peers.fastai_presizing, needs=("fastai",)),
+    Way(
+        name="SPDL, decode and resize alone",
+        batches=peers.spdl_resized,
+        needs=("spdl",),
+        library="avutil",
+        imports=("spdl.io", "spdl.pipeline"),
+    ),
+    Way(name="fastai, presizing", batches=peers.fastai_presizing, needs=("fastai",), imports=("fastai.vision.all",)),
 )
 
 
@@ -121,10 +130,10 @@ def core_seconds() -> float:
     return time.process_time() + ticks / tick
 
 
-def settle() -> None:
-    """Wait until workers have filled their queues and rest."""
-    before = core_seconds()
-    while True:
+def settle(most: float = 10.0) -> None:
+    """Wait until workers have filled their queues and rest; no longer than `most` seconds, as some never rest."""
+    before, end = core_seconds(), time.perf_counter() + most
+    while time.perf_counter() < end:
         time.sleep(0.1)
         after = core_seconds()
         if after - before <= 0.02:
@@ -154,21 +163,17 @@ def main(options: LoaderOptions) -> Record:
         options = replace(options, seconds=0.1, rounds=2, batch=min(options.batch, 16))
         sizes = sizes[:2]
     manifest = open_data(options)
+    train = manifest.train
+    held = train.share(min(1.0, _STORED_PIXELS / float((train.heights_N * train.widths_N.astype(np.int64)).sum())), 0)
     with tempfile.TemporaryDirectory(prefix="onewarp-") as scratch:
         folder = Path(scratch)
-        store = pack(manifest, folder / "store", kind="decoded", threads=options.threads)
-        law = {size: _long(megapixels.at(size, manifest.train, _LAW_IMAGES, folder)) for size in sizes}
-        return compare(options, _long(manifest.train), _long(store.manifest.train), law)
-
-
-def _long(samples: Samples) -> Samples:
-    return samples.subset(np.tile(np.arange(len(samples)), -(-_LONG // len(samples))))
+        store = pack(part_of(manifest, held), folder / "store", kind="decoded", threads=options.threads)
+        law = {size: long(megapixels.at(size, train, _LAW_IMAGES, folder)) for size in sizes}
+        return compare(options, long(train), long(store.manifest.train), law)
 
 
 def compare(options: LoaderOptions, samples: Samples, stored: Samples, law: dict[float, Samples]) -> Record:
     """All ways on the same images, in files and in a store; some of them on those of the law, by megapixels."""
-    torch.set_num_threads(options.threads)  # of the main process, where fastai augments; a worker has one
-
     ways = {way.name: way for way in WAYS if not way.missing}
     skipped = {way.name: f"not installed: {', '.join(way.missing)}" for way in WAYS if way.missing}
     shape = {"size": options.size, "batch": options.batch}
@@ -176,7 +181,10 @@ def compare(options: LoaderOptions, samples: Samples, stored: Samples, law: dict
     def of(way: Way, threads: int) -> Callable[[], Iterator[int]]:
         return partial(way.batches, stored if way.stored else samples, **shape, threads=threads)
 
-    memory = {name: footprint.megabytes(of(way, options.threads), 2 * options.seconds) for name, way in ways.items()}
+    memory = {
+        name: footprint.megabytes(of(way, options.threads), 2 * options.seconds, way.imports)
+        for name, way in ways.items()
+    }
     turns = take_turns({name: of(way, options.threads) for name, way in ways.items()}, options, options.threads)
     single: dict[str, Turns] = {}
     if options.threads > 1:
@@ -194,9 +202,11 @@ def compare(options: LoaderOptions, samples: Samples, stored: Samples, law: dict
         remarks=(
             f"Each way reads for at least {options.seconds:g} s a round, {options.rounds} rounds, the ways in turn; "
             "a ratio is taken within a round.",
+            "The clock runs from files to normalised float images; workers and pipelines have started before, and "
+            "what they have read ahead is used up.",
             "Memory is the most that reading takes beside the imported libraries, workers included.",
-            f"Of the sizes: {_LAW_IMAGES} of the photographs, enlarged or shrunk to so many megapixels, in batches of "
-            f"{_LAW_BATCH}; the line through their costs is fixed + each × megapixels.",
+            f"Of the sizes: {_LAW_IMAGES} pictures each, shrunk photographs or mosaics of them, in batches of "
+            f"{_LAW_BATCH}; the line through the costs of a round is fixed + each × megapixels.",
         ),
         packages=tuple(package for way in ways.values() for package in way.needs),
     )
@@ -210,6 +220,7 @@ Turns = list[tuple[float, float]]
 
 def take_turns(ways: dict[str, Callable[[], Iterator[int]]], options: LoaderOptions, threads: int) -> dict[str, Turns]:
     """Each way's rounds."""
+    torch.set_num_threads(threads)  # of the main process, where fastai augments; a worker has one
     running = {name: begin() for name, begin in ways.items()}
     for name in reversed(running):  # workers are forked before DALI has threads
         next(running[name])
@@ -225,7 +236,7 @@ def take_turns(ways: dict[str, Callable[[], Iterator[int]]], options: LoaderOpti
 def _law_figures(options: LoaderOptions, law: dict[float, Samples]) -> Iterator[Figure]:
     ways = {way.name: way for way in WAYS if way.name in LAW}
     fewer = replace(options, rounds=min(options.rounds, _SINGLE_ROUNDS), seconds=options.seconds / 2)
-    costs: dict[str, list[float]] = {name: [] for name in ways}
+    costs: dict[str, list[list[float]]] = {name: [] for name in ways}
     for size, samples in law.items():
         shape = {"size": options.size, "batch": _LAW_BATCH, "threads": options.threads}
         begins: dict[str, Callable[[], Iterator[int]]] = {
@@ -233,11 +244,11 @@ def _law_figures(options: LoaderOptions, law: dict[float, Samples]) -> Iterator[
         }
         for name, turns in take_turns(begins, fewer, options.threads).items():
             yield Figure(row=name, column=f"{COST} of {size:g} MP", samples=[cost for _, cost in turns])
-            costs[name].append(statistics.median(cost for _, cost in turns))
+            costs[name].append([cost for _, cost in turns])
     for name, of_name in costs.items():
-        fixed, each = megapixels.slope(list(law), of_name)
-        yield Figure(row=name, column=FIXED, samples=[fixed])
-        yield Figure(row=name, column=EACH, samples=[each])
+        lines = [megapixels.slope(list(law), of_round) for of_round in zip(*of_name, strict=True)]
+        yield Figure(row=name, column=FIXED, samples=[fixed for fixed, _ in lines])
+        yield Figure(row=name, column=EACH, samples=[each for _, each in lines])
 
 
 def _figures(

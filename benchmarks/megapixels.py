@@ -1,4 +1,8 @@
-"""How speed falls with the size of the files: the same photographs at 0.1 to 12 megapixels."""
+"""How speed falls with the size of the files: pictures of 0.1 to 12 megapixels, as rich in detail as each other.
+
+None is enlarged: what interpolation makes up takes few bits, and decodes too fast. Larger ones are laid out of several
+photographs, side by side; smaller ones are shrunk.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +16,48 @@ from pipelines import Samples, scan
 
 MEGAPIXELS = (0.1, 0.2, 1.0, 4.0, 12.0)
 _QUALITY = 90
+_CELLS = 60  # photographs of which one mosaic is laid out, at most
 
 
 def at(megapixels: float, samples: Samples, count: int, folder: Path) -> Samples:
-    """The first `count` of the samples as JPEGs of so many pixels, written to `folder`; two classes, as scans want."""
-    for i, path in enumerate(samples.paths[:count]):
-        with Image.open(Path(samples.root, path)) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-        factor = (1e6 * megapixels / (image.width * image.height)) ** 0.5
-        size = (max(2, round(image.width * factor)), max(2, round(image.height * factor)))
+    """`count` JPEGs of so many pixels, 4:3, made of the samples and written to `folder`; two classes, as scans want."""
+    height = max(2, round((megapixels * 1e6 * 3 / 4) ** 0.5))
+    width = round(height * 4 / 3)
+    paths = [Path(samples.root, path) for path in samples.paths]
+    for i in range(count):
+        turned = paths[i:] + paths[:i]
         file = folder / f"{megapixels:g}" / str(i % 2) / f"{i}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)
-        image.resize(size, Image.Resampling.BICUBIC).save(file, quality=_QUALITY)
+        Image.fromarray(_detailed(turned, height, width)).save(file, quality=_QUALITY)
     found = scan(folder / f"{megapixels:g}", valid_fraction=1 / count).samples
     return found.subset(np.arange(len(found)))
+
+
+def _detailed(paths: list[Path], height: int, width: int) -> np.ndarray:
+    """The first photograph, if it is large enough to be shrunk to the size, else a mosaic; uint8 [height, width, 3]."""
+    with Image.open(paths[0]) as opened:
+        image = ImageOps.exif_transpose(opened).convert("RGB")
+    if image.height >= height and image.width >= width:
+        return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC))
+    return mosaic(paths[:_CELLS], height, width)
+
+
+def mosaic(paths: list[Path], height: int, width: int) -> np.ndarray:
+    """Photographs side by side at their own scale, uint8 [height, width, 3]; each fills one cell, cut to its size."""
+    photographs = []
+    for path in paths:
+        with Image.open(path) as image:
+            photographs.append(np.asarray(image.convert("RGB")))
+    rows = min(len(photograph) for photograph in photographs)
+    columns = min(photograph.shape[1] for photograph in photographs)
+    picture_HWC = np.empty((height, width, 3), np.uint8)
+    number = 0
+    for top in range(0, height, rows):
+        for left in range(0, width, columns):
+            cell_HWC = picture_HWC[top : top + rows, left : left + columns]
+            cell_HWC[:] = photographs[number % len(photographs)][: cell_HWC.shape[0], : cell_HWC.shape[1]]
+            number += 1
+    return picture_HWC
 
 
 def slope(megapixels: Sequence[float], costs: Sequence[float]) -> tuple[float, float]:

@@ -73,14 +73,15 @@ def ideal(image_HWC: np.ndarray, source_from_output_33: np.ndarray, size: int) -
     return np.concatenate(chunks).clip(0, 255), per_side
 
 
-def psnr(picture_HWC: np.ndarray, ideal_HWC: np.ndarray) -> float:
-    """Peak signal to noise, dB; infinite for equal pictures."""
-    error = np.mean((picture_HWC.astype(np.float64) - ideal_HWC) ** 2)
+def psnr(picture_HWC: np.ndarray, ideal_HWC: np.ndarray, fit_HW: np.ndarray | None = None) -> float:
+    """Peak signal to noise, dB, of the pixels that are `fit` to be judged by; infinite for equal pictures."""
+    error_HWC = (picture_HWC.astype(np.float64) - ideal_HWC) ** 2
+    error = float((error_HWC if fit_HW is None else error_HWC[fit_HW]).mean())
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
-def ssim(picture_HWC: np.ndarray, ideal_HWC: np.ndarray) -> float:
-    """Structural similarity, mean over channels and over all windows that fit; 1 for equal pictures.
+def ssim(picture_HWC: np.ndarray, ideal_HWC: np.ndarray, fit_HW: np.ndarray | None = None) -> float:
+    """Structural similarity, mean over channels and over all windows that hold fit pixels alone; 1 for equal pictures.
 
     Wang, Bovik, Sheikh & Simoncelli, "Image quality assessment", 2004: 11 x 11 Gaussian window of 1.5 pixels,
     K1 = 0.01, K2 = 0.03.
@@ -100,15 +101,21 @@ def ssim(picture_HWC: np.ndarray, ideal_HWC: np.ndarray) -> float:
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
     similarity /= (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
+    if fit_HW is not None:
+        whole_HW = ~around(~fit_HW, 5)[5:-5, 5:-5]  # by the centres of windows
+        similarity = similarity[:, 0, whole_HW]
     return float(similarity.mean())
 
 
-def sharpness(picture_HWC: np.ndarray, ideal_HWC: np.ndarray) -> float:
-    """Gradient energy (squared differences of neighbours, summed) as a ratio to the ideal's: above 1 is sharper."""
+def sharpness(picture_HWC: np.ndarray, ideal_HWC: np.ndarray, fit_HW: np.ndarray | None = None) -> float:
+    """Gradient energy (squared differences of fit neighbours, summed) as a ratio to the ideal's: above 1 is sharper."""
+    fit_HW1 = np.ones((*ideal_HWC.shape[:2], 1), bool) if fit_HW is None else fit_HW[..., None]
 
     def energy(image_HWC: np.ndarray) -> float:
         image_HWC = image_HWC.astype(np.float64)
-        return float((np.diff(image_HWC, axis=0) ** 2).sum() + (np.diff(image_HWC, axis=1) ** 2).sum())
+        down = np.diff(image_HWC, axis=0) ** 2 * (fit_HW1[1:] & fit_HW1[:-1])
+        across = np.diff(image_HWC, axis=1) ** 2 * (fit_HW1[:, 1:] & fit_HW1[:, :-1])
+        return float(down.sum() + across.sum())
 
     return energy(picture_HWC) / energy(ideal_HWC)
 

@@ -3,10 +3,11 @@
     onewarp bench overhead --data DIR [--json FILE]
 
 Ours is `trainer.loop.train_epoch`, with a journal on the disk, on batches that lie in memory; the bare loop is `bare`
-below. Both run in the same processes, on the same batches, from the same weights, at the same rates, in fp32; they take
-turns, a block of steps each, and change places after each pair of blocks. A block is timed in whole, so that what an
-epoch costs at its beginning counts as well. Core time is that of the first rank's process: it knows nothing of waiting,
-and so of who else uses the machine.
+below, with DDP as torch has it by default, and on several ranks once more with the settings that ours gives it: what
+those save is not the loop's merit. All run in the same processes, on the same batches, from the same weights, at the
+same rates, in fp32; they take turns, a block of steps each, and go the other way round after each. A block is timed in
+whole: what an epoch costs at its beginning counts. Core time is that of the first rank's process: it knows nothing of
+waiting, and so of who else uses the machine.
 
 Waiting is what the journal of a real training says (`data_wait`): with the real loader, on the workers that training
 starts by default.
@@ -15,7 +16,6 @@ starts by default.
 from __future__ import annotations
 
 import copy
-import itertools
 import statistics
 import tempfile
 import time
@@ -32,8 +32,10 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
+from benchmarks.data import open_data
 from benchmarks.first import first_model
-from benchmarks.record import Figure, Options, Record, open_data
+from benchmarks.learning import InMemory
+from benchmarks.record import Figure, Options, Record
 from benchmarks.spawned import on_ranks, together
 from pipelines import Augment, Loader, Samples
 from pipelines.errors import UserError
@@ -45,11 +47,10 @@ from trainer.position import Position
 from trainer.precision import Precision
 from trainer.ranks import Ranks
 
-OURS, BARE, RATIO = "ours, s a step", "bare loop, s a step", "ours ÷ bare"
-CORES = "ours ÷ bare, by core time"
+OURS, BARE, TUNED = "ours, s a step", "bare loop, s a step", "bare loop with our DDP settings, s a step"
+RATIO, CORES, TUNED_RATIO = "ours ÷ bare", "ours ÷ bare, by core time", "ours ÷ bare with our DDP settings"
 COST = "µs a step"
 SHARE, STEP, FIRST = "of the time, %", "a step, s", "first batch of an epoch, s"
-_HELD = 4  # batches in memory, which the steps go through in a circle
 _PEAK = 1e-3  # rate of the head
 _FILLING = 3  # steps of an epoch in which the loader's queue fills; what follows is its steady state
 _REPEATS = 300  # of what takes microseconds
@@ -94,13 +95,16 @@ def bare(
 
 
 def bare_parts(
-    model: models.Classifier, options: OverheadOptions, ranks: Ranks, phase: schedule.Phase
+    model: models.Classifier, options: OverheadOptions, ranks: Ranks, phase: schedule.Phase, *, tuned: bool
 ) -> tuple[nn.Module, torch.optim.Optimizer, LRScheduler]:
-    """What the bare loop needs, each with its own defaults."""
+    """What the bare loop needs, each with its own defaults; `tuned` is with DDP as ours sets it."""
     network: nn.Module = model
     if ranks.world_size > 1:
+        settings: Any = {"broadcast_buffers": False, "gradient_as_bucket_view": True, "static_graph": True}
         network = DistributedDataParallel(
-            model, device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None
+            model,
+            device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
+            **(settings if tuned else {}),
         )
     optimizer = optim.build(model, 0.01, options.size)  # torch.optim.AdamW(…, fused=True) over three layer groups
     steps = _WARM_UP + options.pairs * options.steps
@@ -120,18 +124,6 @@ def bare_parts(
 _WARM_UP = 2  # steps of each before the clock starts: the first ones allocate, and choose kernels
 
 
-class InMemory:
-    """As much of a loader as `train_epoch` asks for: an epoch of `steps` batches that are there already."""
-
-    def __init__(self, loader: Loader, steps: int) -> None:
-        self.plan, self.steps = loader.plan, steps
-        self._held = list(itertools.islice(loader.epoch(0), _HELD))
-
-    def epoch(self, epoch: int = 0, start_step: int = 0) -> Iterator[Batch]:
-        """The same batches in every epoch."""
-        return itertools.islice(itertools.cycle(self._held), start_step, self.steps)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Turns:
     """What one number of ranks gave."""
@@ -139,14 +131,16 @@ class Turns:
     ours: list[tuple[float, float]]
     """(seconds, core-seconds of this rank) a step, of each block."""
     bare: list[tuple[float, float]]
+    tuned: list[tuple[float, float]]
+    """The bare loop with our settings of DDP; of one rank, which has no DDP, nothing."""
     parts: dict[str, float]
     """Microseconds a step of what the bare loop does not do."""
     apart: float
-    """Distance between the weights of both at the end, over the way that the bare loop's have gone."""
+    """Most distance of our weights from a bare loop's at the end, over the way that those have gone."""
 
 
 def take_turns(options: OverheadOptions, samples: Samples, ranks: Ranks, folder: Path) -> Turns:
-    """Both loops, on each rank; `folder` takes the journal."""
+    """The loops in turn, on each rank; `folder` takes the journal."""
     device, precision = ranks.device, Precision(name="fp32", device=ranks.device)
     torch.manual_seed(0)
     loader = Loader(
@@ -174,8 +168,6 @@ def take_turns(options: OverheadOptions, samples: Samples, ranks: Ranks, folder:
     model = copy.deepcopy(first)
     learner = Learner(model=model, optimizer=optim.build(model, 0.01, options.size), precision=precision, ranks=ranks)
     learner.train(first_group=phase.freeze_to)
-    other = copy.deepcopy(first)
-    network, optimizer, scheduler = bare_parts(other, options, ranks, phase)
     journal = Journal(folder / "journal.jsonl" if ranks.rank == 0 else None)
     position = Position(epoch=0, base_lr=_PEAK)
 
@@ -185,8 +177,11 @@ def take_turns(options: OverheadOptions, samples: Samples, ranks: Ranks, folder:
         *_, last = train_epoch(learner, loader, phase, position, seed=0, journal=journal)
         position = Position(epoch=last.epoch + 1, updates=last.updates, base_lr=_PEAK)
 
-    def bare_turn(batches: InMemory) -> None:
-        bare(network, optimizer, scheduler, batches.epoch())
+    turns: dict[str, Callable[[InMemory], None]] = {"ours": our_turn}
+    others: dict[str, models.Classifier] = {}
+    for name in ("bare", "tuned") if ranks.world_size > 1 else ("bare",):
+        others[name] = copy.deepcopy(first)
+        turns[name] = partial(_bare_turn, bare_parts(others[name], options, ranks, phase, tuned=name == "tuned"))
 
     def timed(turn: Callable[[InMemory], None]) -> tuple[float, float]:
         together(ranks)
@@ -195,16 +190,20 @@ def take_turns(options: OverheadOptions, samples: Samples, ranks: Ranks, folder:
         together(ranks)
         return (time.perf_counter() - started) / options.steps, (time.process_time() - cores) / options.steps
 
-    our_turn(warm_up)
-    bare_turn(warm_up)
-    ours, theirs = [], []
+    for turn in turns.values():
+        turn(warm_up)
+    took: dict[str, list[tuple[float, float]]] = {"ours": [], "bare": [], "tuned": []}
     for pair in range(options.pairs):
-        turns = [(ours, our_turn), (theirs, bare_turn)]
-        for seconds, turn in turns if pair % 2 == 0 else reversed(turns):
-            seconds.append(timed(turn))
+        for name in turns if pair % 2 == 0 else reversed(turns):
+            took[name].append(timed(turns[name]))
     parts = {name: 1e6 * seconds for name, seconds in beside_the_model(learner, phase, journal)}
     journal.close()
-    return Turns(ours=ours, bare=theirs, parts=parts, apart=_distance(model, other) / _distance(other, first))
+    apart = max(_distance(model, other) / _distance(other, first) for other in others.values())
+    return Turns(**took, parts=parts, apart=apart)
+
+
+def _bare_turn(parts: tuple[nn.Module, torch.optim.Optimizer, LRScheduler], batches: InMemory) -> None:
+    bare(*parts, batches.epoch())
 
 
 def _distance(a: nn.Module, b: nn.Module) -> float:
@@ -278,8 +277,6 @@ def waited(steps: list[dict], batch: int) -> tuple[list[float], float, float]:
     seconds = [batch / step["images_per_second"] for step in steps]
     waits = [step["data_wait"] * took for step, took in zip(steps, seconds, strict=True)]
     steady = seconds[_FILLING:]
-    if not steady:
-        raise UserError(f"An epoch of {len(steps)} steps has no steady state. Choose a larger --subset.")
     return steady, sum(waits[_FILLING:]) / sum(steady), waits[0]
 
 
@@ -289,6 +286,12 @@ def main(options: OverheadOptions) -> Record:
         few = min(1.0, 64 / len(samples))
         tiny = {"model": "test_efficientnet", "size": 32, "batch": 8, "pairs": 2, "steps": 2, "subset": few}
         options = replace(options, **tiny, workers=0, threads=1)
+    steps = round(options.subset * len(samples)) // options.batch
+    if steps <= _FILLING:  # told now, and not when the loops have been measured
+        raise UserError(
+            f"{round(options.subset * len(samples))} images are {steps} batches of {options.batch}, too few to have a "
+            f"steady state. Choose a larger --subset or a smaller --batch."
+        )
     gpus = torch.cuda.device_count()
     figures: list[Figure] = []
     skipped = {}
@@ -309,7 +312,7 @@ def main(options: OverheadOptions) -> Record:
         figures=figures,
         skipped=skipped,
         remarks=(
-            f"The two loops take turns, {options.steps} steps each, {options.pairs} times; a ratio is of one pair.",
+            f"The loops take turns, {options.steps} steps each, {options.pairs} times; a ratio is of one round.",
             f"What ours does beside is the mean of {_REPEATS} in a row, alone; most of it is part of the ratio above.",
             f"Waiting is of an epoch's steps after its first {_FILLING}, all together.",
         ),
@@ -319,14 +322,17 @@ def main(options: OverheadOptions) -> Record:
 
 
 def _figures(row: str, turns: Turns) -> Iterator[Figure]:
-    ours, bare = ([seconds for seconds, _ in of_loop] for of_loop in (turns.ours, turns.bare))
-    yield Figure(row=row, column=OURS, samples=ours)
-    yield Figure(row=row, column=BARE, samples=bare)
-    pairs = list(zip(turns.ours, turns.bare, strict=True))
-    for column, i in ((RATIO, 0), (CORES, 1)):
-        yield Figure(row=row, column=column, samples=[our[i] / their[i] for our, their in pairs])
+    columns = {OURS: turns.ours, BARE: turns.bare, TUNED: turns.tuned}
+    for column, loop in columns.items():
+        if loop:
+            yield Figure(row=row, column=column, samples=[seconds for seconds, _ in loop])
+    for column, loop, i in ((RATIO, turns.bare, 0), (CORES, turns.bare, 1), (TUNED_RATIO, turns.tuned, 0)):
+        if loop:
+            ratios = [our[i] / their[i] for our, their in zip(turns.ours, loop, strict=True)]
+            yield Figure(row=row, column=column, samples=ratios)
     for name, cost in turns.parts.items():
         yield Figure(row=f"{row}: {name}", column=COST, samples=[cost])
     everything, whole = f"{row}: all of that", sum(turns.parts.values())
+    bare = statistics.median(seconds for seconds, _ in turns.bare)
     yield Figure(row=everything, column=COST, samples=[whole])
-    yield Figure(row=everything, column="of a bare step, %", samples=[1e-4 * whole / statistics.median(bare)])
+    yield Figure(row=everything, column="of a bare step, %", samples=[1e-4 * whole / bare])

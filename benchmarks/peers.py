@@ -24,6 +24,7 @@ from pipelines import Samples
 
 PREFETCHED = 2  # batches a worker reads ahead, and batches a DALI pipeline does
 _HALF = [0.5, 0.5, 0.5]
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else it asks a server for its latest version when it is imported
 _PRESIZED = 460  # pixels, as in chapter 5 of fastai's book
 
 
@@ -202,7 +203,6 @@ def timm_train(samples: Samples, *, size: int, batch: int, threads: int) -> Iter
 
 def albumentations(samples: Samples, *, size: int, batch: int, threads: int) -> Iterator[int]:
     """RandomResizedCrop, flip and light on OpenCV's images: no rotation, zoom or perspective."""
-    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else it asks a server for its latest version
     cv2, A, tensor = import_module("cv2"), import_module("albumentations"), import_module("albumentations.pytorch")
     transform = A.Compose(
         [

@@ -6,7 +6,8 @@ Ours is the command `onewarp train`, fastai's side is `benchmarks.fastai_run`, c
 process of its own, timed from its start to its end, imports, scan, range test, plots and all; ours begins with an empty
 cache folder. They take turns and never run at once; every second seed fastai goes first. Both have all cores.
 
-The folder holds `train/` and one of `validation/`, `valid/`, `val/`, with a folder for each class in them.
+The folder holds `train/` and one of `validation/`, `valid/`, `val/`, with a folder for each class in them; the embedded
+set is copied into such a one.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
+from benchmarks.data import open_data
 from benchmarks.record import Figure, Options, Record
+from pipelines import Manifest
+from pipelines.datasets import named_dataset
 from pipelines.errors import UserError
 from trainer import journal
 from trainer.config import TrainConfig, flags
@@ -175,6 +179,15 @@ def reduced(data: Path, share: float, to: Path) -> Path:
     return to
 
 
+def laid_out(manifest: Manifest, to: Path) -> Path:
+    """A copy of all images in `to`, where parts and classes are folders."""
+    for path, label, valid in zip(manifest.paths, manifest.labels_N, manifest.valid_N, strict=True):
+        folder = to / ("valid" if valid else "train") / manifest.classes[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(manifest.root / path, folder)
+    return to
+
+
 def read_through(folder: Path) -> None:
     """Read every file once, so that the first training finds as much in memory as the later ones."""
     for file in folder.rglob("*"):
@@ -185,7 +198,6 @@ def read_through(folder: Path) -> None:
 def main(options: PhotographOptions) -> Record:
     if options.quick:
         options = replace(options, seeds=options.seeds[:1], size=32, batch=8, epochs=1, threads=0)
-    data = Path(options.data).resolve()
     ways = [OURS, FASTAI, *([CHANNELS_LAST] if options.channels_last else [])]
     skipped = {}
     if find_spec("fastai") is None:
@@ -193,6 +205,10 @@ def main(options: PhotographOptions) -> Record:
         ways = ways[:1]
     runs: dict[str, list[Run]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory(prefix="onewarp-photographs-") as folder:
+        if named_dataset(options.data):
+            data = laid_out(open_data(replace(options, threads=max(1, options.threads))), Path(folder, "whole"))
+        else:
+            data = Path(options.data).resolve()
         if options.quick:
             data = reduced(data, min(options.subset, 48 / _count(data / "train")), Path(folder, "data"))
         elif options.subset < 1:
@@ -209,7 +225,7 @@ def main(options: PhotographOptions) -> Record:
                 print(f"seed {seed}, {way}: error {run.error:.4f} in {run.wall:.0f} s, rate {run.lr:.2e}", flush=True)
             # After each pair, not only at the end: three take hours, and what ends them early should cost one pair.
             record = _record(runs, options, skipped)
-            record.publish()
+            record.publish(whole=turn + 1 == len(options.seeds))
     return record
 
 
@@ -229,6 +245,8 @@ def _record(runs: dict[str, list[Run]], options: PhotographOptions, skipped: dic
             f"{train:,} images to train on and {valid:,} to validate on; seeds {', '.join(map(str, seeds))}.",
             f"fastai presizes to {_presized(options)} with {options.threads} loader processes, beside torch's threads "
             "on all cores; its rate is the `valley` of its `lr_find`.",
+            "The intervals are of seeds: all trainings are judged by the same images, and how others would judge them "
+            "is not in it.",
         ),
         packages=() if skipped else ("fastai", "timm", "ray"),
     )

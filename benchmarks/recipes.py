@@ -13,8 +13,9 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from benchmarks.data import folder_of
 from benchmarks.photographs import finished, our_command, read_through
-from benchmarks.record import Figure, Options, Record, folder_of
+from benchmarks.record import Figure, Options, Record
 from pipelines.errors import UserError
 from trainer import journal
 from trainer.config import TrainConfig

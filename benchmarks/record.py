@@ -16,12 +16,10 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from pipelines import Manifest, scan
-from pipelines.datasets import named_dataset
-from pipelines.labels import Regex
+from pipelines.errors import UserError
 from trainer.version import commit
 
-PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "numpy", "pillow")
+PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "numpy", "numba", "pillow", "timm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,18 +35,15 @@ class Options:
     json: Path | None = None
     """Write the record here, and its tables beside it in Markdown."""
 
-
-def folder_of(options: Options) -> tuple[Path, str | None]:
-    """The folder that the options mean, absolute, and how labels are read from its files' names, where they are."""
-    return named_dataset(options.data) or (Path(options.data).resolve(), None)
-
-
-def open_data(options: Options) -> Manifest:
-    """The manifest of the folder or embedded data set that the options name."""
-    named = named_dataset(options.data)
-    if named:
-        return scan(named[0], labels=Regex(named[1]), threads=options.threads)
-    return scan(options.data, threads=options.threads)
+    def __post_init__(self) -> None:
+        # Before anything is measured: a benchmark takes minutes to hours.
+        if self.json is None:
+            return
+        if self.json.suffix in (".md", ".png") or self.json.is_dir():
+            raise UserError(f"--json {self.json}: this is where the record goes. Name a file that ends in .json.")
+        there = next(folder for folder in self.json.absolute().parents if folder.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK)):
+            raise UserError(f"--json {self.json}: {there} is no folder that can be written to. Choose another.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,17 +191,28 @@ class Record:
             f"In each cell: {centres}.",
             *self.remarks,
             *(f"Left out: {name} ({why})." for name, why in self.skipped.items()),
-            f"{where['cpu']}, {where['cores']} cores, Python {where['python']}, {versions}, commit {where['commit']}.",
+            f"{where['cpu']}, {where['cores']} cores, {', '.join(where['gpus']) or 'no GPU'}, Python "
+            f"{where['python']}, {versions}, commit {where['commit']}.",
         ]
         return "\n".join([f"# {self.title}", "", f"    {self.command}", "", *lines, "", *notes, ""])
 
-    def publish(self) -> None:
-        """Print the table; where the options name a file, write the record there and the table beside it."""
+    def publish(self, *, whole: bool = True) -> None:
+        """Print the table; where the options name a file, write the record there and the table beside it.
+
+        One that is not whole yet is written under another name, so that it takes no older one's place.
+        """
         print(self.markdown())
-        if self.options.json is not None:
-            self.options.json.parent.mkdir(parents=True, exist_ok=True)
-            self.options.json.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
-            self.options.json.with_suffix(".md").write_text(self.markdown())
+        path = self.options.json
+        if path is None:
+            return
+        unfinished = path.with_name(f"{path.stem}-unfinished.json")
+        to = path if whole else unfinished
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
+        to.with_suffix(".md").write_text(self.markdown())
+        if whole:
+            unfinished.unlink(missing_ok=True)
+            unfinished.with_suffix(".md").unlink(missing_ok=True)
 
 
 def _figure(figure: Figure) -> dict[str, Any]:
@@ -215,7 +221,8 @@ def _figure(figure: Figure) -> dict[str, Any]:
     return {
         "row": figure.row,
         "column": figure.column,
-        figure.centre: _rounded(figure.value),
+        "median": _rounded(statistics.median(figure.samples)),
+        **({"mean": _rounded(figure.value)} if figure.centre == "mean" else {}),
         "interval": [_rounded(low), _rounded(high)],
         "coverage_percent": round(coverage, 1),
         "method": method,

@@ -1,6 +1,6 @@
 """What comes before the first step, and what Ray Train costs against torchrun.
 
-    onewarp bench startup [--data DIR] [--rounds 5] [--json FILE]
+    onewarp bench startup [--data DIR] [--rounds 6] [--json FILE]
 
 The same training on two workers, started by `onewarp train`, which is Ray Train, and by torchrun, which has neither Ray
 nor a display and starts nothing again. They take turns; each is timed from the start of its process to its end, with an
@@ -18,8 +18,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from benchmarks.data import folder_of
 from benchmarks.photographs import finished, our_command, read_through
-from benchmarks.record import Figure, Options, Record, folder_of
+from benchmarks.record import Figure, Options, Record
+from pipelines.errors import UserError
 from trainer import allocation, journal, weights
 from trainer.config import TrainConfig
 from trainer.run_folder import RunFolder
@@ -43,8 +45,8 @@ STEP, RATIO = "a step, s", "Ray ÷ torchrun"
 class StartupOptions(Options):
     """Start the same training by Ray and by torchrun."""
 
-    rounds: int = 5
-    """Trainings of each."""
+    rounds: int = 6
+    """Trainings of each; six is the fewest that have a 95% interval."""
     model: str = "tf_efficientnet_lite0"
     """Body; with its installed weights, where it has some."""
     size: int = 160
@@ -85,6 +87,8 @@ def _started(words: list[str], config: TrainConfig, scratch: Path) -> Started:
     found = moments(events, folder.config.stat().st_mtime)
     steps = [event for event in events if event["event"] == "step"]
     assert isinstance(config.batch, int)
+    if len(steps) < 2:
+        raise UserError(f"An epoch of {len(steps)} steps has no step after the first. Choose a smaller --batch.")
     return Started(
         moments={name: at - before for name, at in found.items()} | {"end": wall},
         step=statistics.median(config.batch / step["images_per_second"] for step in steps[1:]),

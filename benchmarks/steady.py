@@ -23,7 +23,8 @@ from itertools import count
 from pathlib import Path
 
 from benchmarks import peers
-from benchmarks.record import Figure, Options, Record, open_data
+from benchmarks.data import open_data
+from benchmarks.record import Figure, Options, Record
 from pipelines import Augment, Loader, Manifest, Samples, scan
 from pipelines.datasets import named_dataset
 from pipelines.geometry import UNIFORMS

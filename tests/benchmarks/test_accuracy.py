@@ -6,6 +6,7 @@ import torch
 
 from benchmarks import accuracy
 from benchmarks.accuracy import ONE, AccuracyOptions, Made
+from benchmarks.record import Figure
 from pipelines import Loader, scan
 from trainer import models
 
@@ -47,3 +48,17 @@ def test_the_record_has_every_way_and_paired_differences(small_set):
         np.testing.assert_allclose(cells[name, accuracy.WORSE].samples, worse)
     served = [figure for figure in record.figures if figure.column.startswith(accuracy.SERVED)]
     assert len(served) == 3 * (len(accuracy.SERVERS) - len(record.skipped))
+    for figure in served:
+        name, server = figure.row.removeprefix("trained by "), figure.column.removeprefix(accuracy.SERVED)
+        skew = np.subtract(figure.samples, cells[name, accuracy.ERROR].samples)  # one for each seed
+        np.testing.assert_allclose(cells[figure.row, accuracy.SKEW + server].samples, skew)
+    assert sum("told from one warp" in remark or "than one warp" in remark for remark in record.remarks) == 2
+
+
+def test_the_verdict_is_the_intervals():
+    def of(*samples):
+        return accuracy.verdict(Figure(row="a chain", column=accuracy.WORSE, samples=list(samples), centre="mean"))
+
+    assert of(2.0, 2.1, 1.9) == "By 3 seeds a chain is worse than one warp: the interval of the differences excludes 0."
+    assert "is better" in of(-2.0, -2.1, -1.9)
+    assert "cannot be told" in of(-2.0, 2.1, 0.1)

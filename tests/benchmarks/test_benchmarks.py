@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -102,9 +104,10 @@ def test_interpolation_ranks_one_warp_over_repeated_interpolation(interpolation_
     assert psnr[interpolation.OURS].value > psnr["repeated interpolation"].value + 3
     assert ssim[interpolation.OURS].value > ssim["repeated interpolation"].value
     assert all(value <= 1 for figure in ssim.values() for value in figure.samples)
-    differences = rows(interpolation_record, interpolation.DIFFERENCE)["repeated interpolation"].samples
-    expected = np.subtract(psnr[interpolation.OURS].samples, psnr["repeated interpolation"].samples)
-    np.testing.assert_allclose(differences, expected)
+    for ours, column in interpolation.DIFFERENCES.items():
+        differences = rows(interpolation_record, column)["repeated interpolation"].samples
+        expected = np.subtract(psnr[ours].samples, psnr["repeated interpolation"].samples)
+        np.testing.assert_allclose(differences, expected)
 
 
 def test_interpolation_adds_up_in_a_chain_and_not_in_one_warp(interpolation_record):
@@ -129,6 +132,18 @@ def test_interpolation_enlarges_and_compares_with_antialiased_filters(small_set)
     psnr = rows(record, "PSNR, dB")
     assert {f"Pillow's {name} filter, then one warp" for name in ("bilinear", "bicubic", "lanczos")} < set(psnr)
     assert all(figure.value > 20 for figure in psnr.values())  # wrong geometry would be far below
+
+
+def test_pictures_of_one_colour_are_left_out(small_set, tmp_path):
+    shutil.copytree(small_set, tmp_path / "set")
+    for number, folder in enumerate(sorted((tmp_path / "set" / "train").iterdir())):
+        Image.new("RGB", (200, 150), (90 * number, 0, 0)).save(folder / "plain.png")
+    options = {"data": str(tmp_path / "set"), "images": 500, "size": 32, "json": tmp_path / "record.json"}
+    record = interpolation.main(interpolation.InterpolationOptions(**options))
+    (left_out,) = (name for name in record.skipped if "photographs" in name)
+    assert left_out == "3 of the photographs"
+    written = options["json"].read_text()
+    assert not re.search(r"\b(NaN|Infinity)\b", written)
 
 
 def test_an_enlarged_picture_has_the_size_asked_for_and_goes_away(small_set):

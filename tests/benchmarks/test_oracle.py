@@ -85,6 +85,23 @@ def test_psnr_of_a_constant_error():
     assert oracle.psnr(np.full((9, 9, 3), 100.0), np.full((9, 9, 3), 105.0)) == pytest.approx(34.1514, abs=1e-4)
 
 
+def test_only_fit_pixels_are_judged():
+    ideal_HWC = np.random.default_rng(0).uniform(10, 240, (40, 40, 3))
+    fit_HW = np.ones((40, 40), bool)
+    fit_HW[5:12, 20:25] = False
+    picture_HWC = ideal_HWC + 5
+    picture_HWC[~fit_HW] = 0
+    assert oracle.psnr(picture_HWC, ideal_HWC, fit_HW) == pytest.approx(20 * np.log10(255 / 5))
+    assert oracle.sharpness(picture_HWC, ideal_HWC, fit_HW) == pytest.approx(1)
+    assert oracle.sharpness(picture_HWC, ideal_HWC) != pytest.approx(1)
+    equal_HWC = np.where(fit_HW[..., None], ideal_HWC, 0)
+    assert oracle.ssim(equal_HWC, ideal_HWC, fit_HW) == pytest.approx(1)
+    assert oracle.ssim(equal_HWC, ideal_HWC) < 0.98
+    near_HW = fit_HW.copy()
+    near_HW[5, 20] = True  # one of them counts: so do the windows that hold no other
+    assert oracle.psnr(equal_HWC, ideal_HWC, near_HW) < 60
+
+
 def test_ssim_is_the_mean_of_its_definition_over_all_windows():
     a_HWC, b_HWC = noise(14, 13, seed=1), noise(14, 13, seed=2)
     b_HWC = (0.6 * a_HWC + 0.4 * b_HWC).astype(np.uint8)

@@ -8,6 +8,7 @@ import pytest
 from benchmarks import overhead
 from benchmarks.spawned import on_ranks
 from pipelines import scan
+from pipelines.errors import UserError
 from trainer import weights
 
 OPTIONS = overhead.OverheadOptions(
@@ -20,7 +21,8 @@ def test_both_loops_learn_the_same(small_set, world):
     turns = on_ranks(world, 1, partial(overhead.take_turns, OPTIONS, scan(small_set).train))
     assert turns.apart < 1e-3  # of the way from the first weights; `plain` has no dropout, which they draw differently
     assert len(turns.ours) == len(turns.bare) == 2
-    assert all(value > 0 for pair in (*turns.ours, *turns.bare) for value in pair)
+    assert len(turns.tuned) == (2 if world > 1 else 0)
+    assert all(value > 0 for pair in (*turns.ours, *turns.bare, *turns.tuned) for value in pair)
 
 
 def test_the_record_has_every_figure_and_its_ratios(small_set):
@@ -28,8 +30,12 @@ def test_the_record_has_every_figure_and_its_ratios(small_set):
     cells = {(figure.row, figure.column): figure for figure in record.figures}
     alone, together = "1 rank, 1 thread", "2 ranks, 1 thread each"
     for row in (alone, together):
-        ratios = np.divide(cells[row, overhead.OURS].samples, cells[row, overhead.BARE].samples)
-        np.testing.assert_allclose(cells[row, overhead.RATIO].samples, ratios)
+        for other, column in ((overhead.BARE, overhead.RATIO), (overhead.TUNED, overhead.TUNED_RATIO)):
+            if (row, other) == (alone, overhead.TUNED):
+                assert (row, column) not in cells
+                continue
+            ratios = np.divide(cells[row, overhead.OURS].samples, cells[row, other].samples)
+            np.testing.assert_allclose(cells[row, column].samples, ratios)
         costs = [f.value for (name, column), f in cells.items() if column == overhead.COST and name.startswith(row)]
         assert len(costs) == 6 and costs[-1] == pytest.approx(sum(costs[:-1]))
     reduce = "the sum of the loss over all ranks"
@@ -48,8 +54,11 @@ def test_waiting_is_of_all_the_time_of_the_steady_state():
     assert seconds == pytest.approx([1.0, 3.0])
     assert share == pytest.approx(0.5 / 4)
     assert first == pytest.approx(0.9 * 4)
-    with pytest.raises(overhead.UserError, match="--subset"):
-        overhead.waited(steps[:3], 4)
+
+
+def test_too_few_images_are_told_before_anything_is_measured(small_set):
+    with pytest.raises(UserError, match="53 images are 2 batches of 20, too few.*--subset or a smaller --batch"):
+        overhead.main(overhead.OverheadOptions(data=str(small_set), batch=20, subset=1.0))
 
 
 def test_the_benchmark_starts_from_installed_weights():

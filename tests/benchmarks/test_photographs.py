@@ -2,11 +2,13 @@
 
 import math
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
 from benchmarks import photographs
 from benchmarks.photographs import CHANNELS_LAST, FASTAI, OURS, PhotographOptions, Run
+from pipelines import scan
 from pipelines.errors import UserError
 
 
@@ -66,6 +68,16 @@ def test_a_share_of_each_class_is_copied_evenly(small_set, tmp_path):
         assert all((copy / name).read_bytes() == (small_set / name).read_bytes() for name in names)
     numbers = [int(file.stem) for file in sorted((copy / "train" / "class0").iterdir())]
     assert numbers == [0, 6, 12, 18, 24, 30, 36, 42, 48]
+
+
+def test_a_set_of_any_layout_is_laid_out_in_folders(small_set, tmp_path):
+    manifest = scan(small_set / "train", valid_fraction=0.3)
+    copy = photographs.laid_out(manifest, tmp_path / "copy")
+    found = scan(copy)
+    assert found.classes == manifest.classes
+    for part, whole in ((found.train, manifest.train), (found.valid, manifest.valid)):
+        ours, theirs = (sorted(zip((Path(p).name for p in x.paths), x.labels_N, strict=True)) for x in (part, whole))
+        assert ours == theirs
 
 
 def test_a_folder_without_a_split_is_told(tmp_path):

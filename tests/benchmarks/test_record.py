@@ -2,12 +2,13 @@
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
 from benchmarks.record import Figure, Options, Record, mean_interval, median_interval, student
+from pipelines.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -77,13 +78,32 @@ def test_a_record_holds_every_sample_and_how_to_ask_again(record, capsys):
     ours, _, mean = written["figures"]
     assert ours["samples"] == [900, 1000, 1100] and ours["n"] == 3
     assert ours["median"] == 1000 and ours["interval"] == [900, 1100] and ours["coverage_percent"] == 75
-    assert mean["mean"] == 31 and mean["method"] == "Student's t"
+    assert mean["mean"] == mean["median"] == 31 and "mean" not in ours and mean["method"] == "Student's t"
     assert written["skipped"] == {"another": "not installed: another"}
     assert {"cpu", "cores", "python", "versions", "commit"} <= set(written["environment"])
     assert {"torch", "nvidia-dali-cuda130"} <= set(written["environment"]["versions"])
     assert str(record.options.json.parent) not in record.options.json.read_text()  # where it was written is no matter
     table = record.options.json.with_suffix(".md").read_text()
     assert table in capsys.readouterr().out
+
+
+def test_a_record_that_is_not_whole_takes_no_whole_ones_place(record):
+    path = record.options.json
+    record.publish()
+    whole = path.read_bytes()
+    replace(record, title="One way").publish(whole=False)
+    assert path.read_bytes() == whole
+    unfinished = path.with_name("some-unfinished.json")
+    assert json.loads(unfinished.read_text())["title"] == "One way"
+    record.publish()
+    assert sorted(file.name for file in path.parent.iterdir()) == ["some.json", "some.md"]
+
+
+@pytest.mark.parametrize("name", ["some.md", ".", "file/some.json"])
+def test_where_a_record_cannot_go_is_told_before_anything_is_measured(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--json .*(Name a file|Choose another)"):
+        SomeOptions(json=tmp_path / name)
 
 
 def test_the_table_has_a_cell_for_each_figure(record):

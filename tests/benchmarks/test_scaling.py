@@ -1,7 +1,5 @@
 """The model of a step, and that its record hangs together; how near it comes, no test can say."""
 
-import statistics
-
 import pytest
 
 from benchmarks import scaling
@@ -35,24 +33,40 @@ def test_on_gpus_the_backward_pass_hides_all_but_the_last_bucket():
     assert bare > scaling.on_gpus(64, compute=0.001, size=size) > scaling.on_gpus(64, compute=1.0, size=size)
 
 
-def test_the_slower_of_computing_and_loading_is_what_a_step_takes():
-    assert scaling.step(compute=3.0, loading=2.0, exposed=1.0) == 4
-    assert scaling.step(compute=1.0, loading=2.0, exposed=1.0) == 3
+def test_on_a_gpu_loading_hides_behind_computing_and_on_a_cpu_it_does_not():
+    assert scaling.step(compute=3.0, loading=2.0, exposed=1.0, shared=False) == 4
+    assert scaling.step(compute=1.0, loading=2.0, exposed=1.0, shared=False) == 3
+    assert scaling.step(compute=1.0, loading=2.0, exposed=1.0, shared=True) == 4
+
+
+def test_a_projection_is_bound_by_what_its_cores_read():
+    options = scaling.ScalingOptions(gpu_speed=1000.0, gpu_batch=100, gpu_cores=4)
+    cells = {(f.row, f.column): f.value for f in scaling.projected(options, {"JPEGs": 100.0, "a store": 500.0})}
+    assert cells["projection: 1 H100, JPEGs", scaling.RATE] == pytest.approx(400)
+    assert cells["projection: 1 H100, a store", scaling.RATE] == pytest.approx(1000)
+    assert cells["projection: feeding one H100, JPEGs", scaling.CORES] == pytest.approx(10)
+    shares = [cells[f"projection: {n} H100s, a store", scaling.EFFICIENCY] for n in ("8", "64", "512", "1,024")]
+    assert 100 > shares[0] > shares[1] > shares[2] > shares[3] > 0
 
 
 def test_the_record_holds_the_model_against_what_was_measured(small_set):
     record = scaling.main(scaling.ScalingOptions(data=str(small_set), quick=True))
     cells = {(figure.row, figure.column): figure for figure in record.figures}
-    row = "2 ranks, 4 images each"
-    measured, predicted = (cells[row, column].value for column in (scaling.STEP, scaling.PREDICTED))
-    assert cells[row, scaling.ERROR].value == pytest.approx(predicted / measured)
-    apart = cells[f"{row}, without a word", scaling.STEP]
-    assert predicted > statistics.median(apart.samples) > 0  # and nothing that is loaded
-    assert len(apart.samples) == 2
-    alone = cells["1 rank, 8 images", scaling.STEP].value
-    assert cells["strong scaling from 1 to 2 ranks", "of the ideal, %"].value == pytest.approx(50 * alone / measured)
+    for row in ("2 ranks, 8 images each", "2 ranks, 2 images each", "2 ranks, 8 images each, read meanwhile"):
+        measured, predicted, compute = (
+            cells[row, column].value for column in (scaling.MEASURED, scaling.PREDICTED, scaling.COMPUTE)
+        )
+        assert cells[row, scaling.ERROR].value == pytest.approx(predicted / measured)
+        assert cells[row, scaling.NULL].value == pytest.approx(compute / measured)
+        assert predicted > compute > 0
+    plain, loaded = "2 ranks, 8 images each", "2 ranks, 8 images each, read meanwhile"
+    read = cells[f"{loaded}: the loaders alone", scaling.MEASURED].value
+    difference = cells[loaded, scaling.PREDICTED].value - cells[plain, scaling.PREDICTED].value
+    assert difference == pytest.approx(read) and read > 0
+    measured = cells[plain, scaling.MEASURED].value
+    for name, row, ideal in (("strong", "1 rank, 16 images", 2), ("weak", "1 rank, 8 images", 1)):
+        expected = 100 * cells[row, scaling.MEASURED].value / (ideal * measured)
+        assert cells[f"{name} scaling from 1 to 2 ranks", scaling.IDEAL].value == pytest.approx(expected)
     rates = [figure.value for figure in record.figures if figure.column == scaling.RATE]
-    assert rates == sorted(rates) and len(rates) == 6
-    shares = [figure.value for figure in record.figures if figure.column == scaling.EFFICIENCY]
-    assert shares[0] == 100 and all(0 < share <= 100 for share in shares)
+    assert len(rates) == 10 and rates[:5] == sorted(rates[:5])
     assert any("PROJECTION" in remark for remark in record.remarks)
