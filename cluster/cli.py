@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -22,7 +23,7 @@ from cluster.scan import scan
 from cluster.sync import wandb_sync
 from pipelines.errors import UserError
 from trainer.config import TrainConfig
-from trainer.stopping import StoppedError
+from trainer.stopping import StoppedError, WorkersError
 
 Flags = Annotated[TrainConfig, tyro.conf.arg(name="")]
 Shown = Annotated[Output, tyro.conf.arg(name="")]
@@ -74,6 +75,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "completion": completion,
 }
 HELP = ("-h", "--help")
+FOLDER_FIRST = ("train", "lr-find")  # `train DIR` is `train --data DIR`
 
 
 def _act(words: Sequence[str]) -> None:
@@ -87,14 +89,27 @@ def _act(words: Sequence[str]) -> None:
         raise UserError(f"There is no verb {verb!r}. {help.meant(verb, VERBS)}")
     if verb == "bench":
         bench.main(rest)
-    elif verb == "doctor" and rest and not rest[0].startswith("-"):  # of a folder
-        bench.measure("bottleneck", ["--data", *rest], "onewarp doctor")
+    elif verb == "doctor" and (of_folder := _of_folder(rest)):
+        bench.measure("bottleneck", of_folder, "onewarp doctor")
     elif verb in help.LONG and set(HELP) & set(rest):
         help.short(verb, VERBS[verb], console)
     else:
+        if verb in FOLDER_FIRST and rest and not rest[0].startswith("-"):
+            rest = ["--data", *rest]
         args = ["--help" if verb in help.LONG and word == help.ALL else word for word in rest]
         act: Callable[..., Any] = VERBS[verb]
         tyro.cli(act, prog=f"onewarp {verb}", args=args)
+
+
+def _of_folder(words: Sequence[str]) -> list[str] | None:
+    """The flags of the benchmark behind `doctor DIR`, whose folder comes first or last; None where there is none."""
+    if not words or "--cluster" in words:
+        return None
+    if not words[0].startswith("-"):
+        return ["--data", *words]
+    if "--data" in words:
+        return list(words)
+    return [*words[:-1], "--data", words[-1]] if Path(words[-1]).is_dir() else None
 
 
 def _to_go_on(words: Sequence[str], name: str) -> str:
@@ -114,13 +129,23 @@ def main() -> None:
     except UserError as error:
         told.print(f"onewarp: {error}", style="red")
         sys.exit(2)
+    except WorkersError as error:
+        told.print(f"{error}", style="red")
+        goes_on = (
+            " more often than --restarts has them started again. When what ails them is mended, the same command with "
+            "the run's --name goes on from its last checkpoint."
+        )
+        told.print(f"onewarp: the workers failed{goes_on if words[:1] == ['train'] else ''}")
+        sys.exit(1)
     except StoppedError as stopped:
         told.print(f"onewarp: {stopped}")
         if stopped.run is not None:
             told.print(f"go on with  {_to_go_on(words, stopped.run)}")
         sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
-        told.print("interrupted; the same command with the run's --name goes on from its last checkpoint")
+        goes_on = words and words[0] in ("train", "lr-find")
+        more = "; the same command with the run's --name goes on from its last checkpoint" if goes_on else ""
+        told.print(f"interrupted{more}")
         sys.exit(130)
 
 

@@ -12,5 +12,6 @@ QUIET = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # cluster.leaving does it
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # until failures and the end are seen; each takes time of the workers
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",  # for one that no longer answers, where no other waits for it
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +42,8 @@ def export(config: tyro.conf.OmitArgPrefixes[Export]) -> None:
         f"export    {written.folder}",
         f"          {written.model.name}, {size:.1f} MB; outputs agree with the run's to {written.difference:.2g} on "
         f"{written.images} golden images",
-        f"check     onewarp check-export {written.folder} --data DIR",
-        f"predict   onewarp predict {written.folder} DIR",
+        f"check     onewarp check-export {shlex.quote(str(written.folder))} --data DIR",
+        f"predict   onewarp predict {shlex.quote(str(written.folder))} DIR",
     )
     for line in told:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -23,11 +23,12 @@ from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from cluster.meeting import Meeting
-from cluster.restarts import Failures, WorkersError
+from cluster.restarts import Failures
 from cluster.room import Alone, Elastic, Running
 from pipelines.errors import UserError
 from trainer import allocation
 from trainer.notes import Note
+from trainer.stopping import WorkersError
 
 if TYPE_CHECKING:
     from trainer.crew import Crew

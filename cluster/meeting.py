@@ -22,11 +22,12 @@ from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 
 from cluster import leaving
-from cluster.restarts import WorkersError
 from pipelines.errors import UserError, first_line
 from trainer import stopping
+from trainer.stopping import WorkersError
 
 PATIENCE = 1800.0  # seconds for a collective; `trainer.watchdog` has much less
+MEETING = 300.0  # seconds to import torch and to meet
 PARTING = 10.0  # seconds to leave a process group
 STARTS = 3  # failures in a row, before any training
 
@@ -65,7 +66,7 @@ class _Backend(Backend):
         """
         try:
             yield
-        except (RayActorError, RayTaskError) as error:
+        except (RayActorError, RayTaskError, GetTimeoutError) as error:
             if isinstance(error, RayTaskError) and isinstance(error.cause, UserError):
                 raise UserError(str(error.cause)) from error
             worker_group._clear_state()
@@ -81,7 +82,8 @@ class _Backend(Backend):
         else:  # through a port they would meet on all interfaces
             place = f"file://{meeting.folder / uuid.uuid4().hex}"
         size = len(worker_group)
-        ray.get([worker_group.execute_single_async(at, _join, at, size, place, meeting.backend) for at in range(size)])
+        joining = [worker_group.execute_single_async(at, _join, at, size, place, meeting.backend) for at in range(size)]
+        ray.get(joining, timeout=MEETING)
 
     def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
         alone = backend_config.folder is not None

@@ -8,6 +8,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
+from pipelines.errors import UserError
 from trainer.run_folder import RunFolder, absolute
 
 
@@ -28,6 +29,8 @@ def report(config: tyro.conf.OmitArgPrefixes[ReportConfig]) -> None:
     """
     from trainer import report as pages
 
+    if not config.runs:
+        raise UserError("report wants a run: onewarp report runs/NAME, or several to compare.")
     folders = [RunFolder(absolute(path)) for path in config.runs]
     if len(folders) == 1:
         path = pages.write(folders[0], config.out and absolute(config.out))

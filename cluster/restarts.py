@@ -12,19 +12,17 @@ from cluster.room import Running
 from pipelines.errors import UserError, first_line
 from trainer import memory, stopping
 from trainer.notes import Note
+from trainer.stopping import WorkersError
 
 # What Ray says of a worker that it ended itself, before the kernel would.
 _ENDED_BY_RAY = "due to the node running low on memory"
 
 
-class WorkersError(RuntimeError):
-    """The workers ended with an error that is no mistake of the user's."""
-
-
 class Failures(UserCallback):
     """Sees what ended the workers before Ray starts them again, in the process of Ray's that does so.
 
-    It also counts how often that was: a machine that left in good order is no failure.
+    It also counts how often that was since an epoch ended: a run of weeks meets more failures than one of hours, and a
+    machine that left in good order is no failure.
 
     Args:
         note: told of each, in a sentence.
@@ -33,12 +31,12 @@ class Failures(UserCallback):
     """
 
     def __init__(self, note: Note | None, restarts: int, *, alone: bool) -> None:
-        self._note, self._left, self._alone = note, restarts, alone
+        self._note, self._restarts, self._left, self._alone = note, restarts, restarts, alone
         self._killed = memory.killed()
 
     def after_report(self, run_context: Any, metrics: Any, checkpoint: Any) -> None:
-        """Whatever ended for lack of memory until now was none of ours."""
-        self._killed = memory.killed()
+        """An epoch is over. Whatever ended for lack of memory until now was none of ours."""
+        self._killed, self._left = memory.killed(), self._restarts
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
         """An exception from here ends the training: what would be met again."""
@@ -57,14 +55,14 @@ class Failures(UserCallback):
             raise memory.OutOfMemoryError(f"The memory of {which} machine ran out, and a worker was ended for it.")
         # A machine that was told to leave may be gone before its workers have; the others may be the first to say so.
         leaves = leaving.machines() & Running.nodes()
-        if not (leaves or any(getattr(error, "preempted", False) for error in died)):
-            if self._left == 0:
-                raise WorkersError("\n".join(str(error) for error in worker_exceptions.values()))
-            self._left -= 1
         if self._note is not None:
             for rank, error in sorted(worker_exceptions.items()):
                 reason = first_line(getattr(error, "health_check_failure", error)).rstrip(".")
                 self._note(f"Worker {rank} failed ({reason}).")
+        if not (leaves or any(getattr(error, "preempted", False) for error in died)):
+            if self._left == 0:
+                raise WorkersError("\n".join(str(error) for error in worker_exceptions.values()))
+            self._left -= 1
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -18,7 +18,7 @@ import safetensors.numpy
 from rich.console import Console
 
 from pipelines import preprocess
-from pipelines.errors import UserError
+from pipelines.errors import UserError, first_line
 from trainer.bar import counted
 from trainer.export_config import CheckExportConfig
 from trainer.exported import GOLDEN, Exported, agree, batches, files_of
@@ -59,6 +59,8 @@ class ExportCheck:
     ways: tuple[Way, ...]
     skipped: dict[str, str]
     """Ways that were left out, and why."""
+    unread: dict[str, str]
+    """Images that not every way reads, and why: they count for none."""
 
     @property
     def troubles(self) -> list[str]:
@@ -89,20 +91,28 @@ def check_export(config: CheckExportConfig, console: Console | None = None) -> E
     exported = Exported.open(absolute(config.export))
     preprocessing = exported.preprocessing
     readers, skipped = _readers()
+    unread: dict[str, str] = {}
     tensors = safetensors.numpy.load_file(exported.folder / exported.contract["golden"]["tensors"])
     golden_NCHW, golden_NC = tensors["images_NCHW"], tensors["logits_NC"]
     per_level_311 = _level(preprocessing)
     golden_levels = {}
     for name, read in readers.items():
-        images = [read(exported.folder / path, preprocessing) for path in exported.contract["golden"]["images"]]
-        golden_levels[name] = float((np.abs(np.stack(images) - golden_NCHW) / per_level_311).mean())
+        off = []
+        for path, golden_CHW in zip(exported.contract["golden"]["images"], golden_NCHW, strict=True):
+            try:
+                off.append(np.abs(read(exported.folder / path, preprocessing) - golden_CHW) / per_level_311)
+            except OSError as error:
+                unread[path] = f"{name}: {first_line(error)}"
+        if off:
+            golden_levels[name] = float(np.mean(off))
     data = exported.folder / GOLDEN if config.data is None else absolute(config.data)
     return ExportCheck(
         golden_logits=float(np.abs(exported.logits(golden_NCHW) - golden_NC).max()),
         golden_scale=float(np.abs(golden_NC).max()),
         golden_levels=golden_levels,
-        ways=tuple(_compared(exported, readers, data, config.limit, console)),
+        ways=tuple(_compared(exported, readers, data, config.limit, console, unread)),
         skipped=skipped,
+        unread=unread,
     )
 
 
@@ -112,7 +122,12 @@ def _level(preprocessing: dict[str, Any]) -> np.ndarray:
 
 
 def _compared(
-    exported: Exported, readers: dict[str, Read], data: Path, limit: int | None, console: Console
+    exported: Exported,
+    readers: dict[str, Read],
+    data: Path,
+    limit: int | None,
+    console: Console,
+    unread: dict[str, str],
 ) -> Iterator[Way]:
     root, listing = files_of(data)
     paths = sorted(listing.files)
@@ -125,18 +140,30 @@ def _compared(
     names: list[str] = []
 
     def each(path: Path) -> np.ndarray:
-        return np.stack([read(path, exported.preprocessing) for read in readers.values()])
+        found = []
+        for name, read in readers.items():
+            try:
+                found.append(read(path, exported.preprocessing))
+            except OSError as error:
+                raise OSError(f"{name}: {first_line(error)}") from None
+        return np.stack(found)
 
     with counted(console, f"Reading {data} in {len(readers)} ways") as progress:
-        for good, images_NWCHW, _ in batches(root, paths, each):
+        refused: dict[str, str] = {}
+        for good, images_NWCHW, bad in batches(root, paths, each):
             names += good
+            refused |= bad
             for way, name in enumerate(readers) if good else ():
                 off_NCHW = np.abs(images_NWCHW[:, way] - images_NWCHW[:, 0]) / per_level_311
                 differences[name].append(np.stack([off_NCHW.mean(axis=(1, 2, 3)), off_NCHW.max(axis=(1, 2, 3))]))
                 logits[name].append(exported.logits(np.ascontiguousarray(images_NWCHW[:, way])))
             progress(len(names), len(paths))
+    unread |= refused
     if not names:
-        raise UserError(f"None of the {len(paths)} images in {str(data)!r} can be read in every way.")
+        path, why = next(iter(refused.items()))
+        raise UserError(
+            f"None of the {len(paths)} images in {str(data)!r} can be read in every way; {printable(path)}: {why}."
+        )
     reference_NC = np.concatenate(logits[first])
     for name in readers:
         mean_N, max_N = np.concatenate(differences[name], axis=1)
@@ -158,13 +185,12 @@ def _compared(
 def _readers() -> tuple[dict[str, Read], dict[str, str]]:
     found: dict[str, Read] = {}
     skipped = {}
-    for name, (package, make) in _WAYS.items():
+    for name, (package, distribution, make) in _WAYS.items():
         try:
             import_module(package)
-        except ImportError:
-            skipped[name] = f"not installed: {package}"
-        else:
             found[name] = make()
+        except ImportError as error:
+            skipped[name] = f"not installed: pip install {distribution} ({first_line(error)})"
     return found, skipped
 
 
@@ -215,6 +241,8 @@ def _torchvision() -> Read:
             image_CHW = decode_image(str(path), ImageReadMode.RGB, apply_exif_orientation=True)
         except (RuntimeError, ValueError) as error:
             raise OSError(str(error)) from None
+        if image_CHW.dtype == torch.uint16:  # 16-bit PNG; the others read its upper eight
+            image_CHW = (image_CHW.int() >> 8).to(torch.uint8)
         (height, width), points = image_CHW.shape[1:], preprocess.points_of(preprocessing)
         side = preprocessing["crop_pct"] * min(height, width)
         shrunk = preprocess.shrunk_size(height, width, side / points)
@@ -260,11 +288,12 @@ def _opencv() -> Read:
     return read
 
 
-_WAYS: dict[str, tuple[str, Callable[[], Read]]] = {
-    "DALI": ("nvidia.dali", _dali),
-    "Pillow": ("PIL", _pillow),
-    "torchvision": ("torchvision", _torchvision),
-    "OpenCV": ("cv2", _opencv),
+# What each imports, and what pip installs for it.
+_WAYS: dict[str, tuple[str, str, Callable[[], Read]]] = {
+    "DALI": ("nvidia.dali", "nvidia-dali-cuda130", _dali),
+    "Pillow": ("PIL", "pillow", _pillow),
+    "torchvision": ("torchvision", "torchvision", _torchvision),
+    "OpenCV": ("cv2", "opencv-python-headless", _opencv),
 }
 
 
@@ -287,6 +316,10 @@ def summary(found: ExportCheck, console: Console) -> None:
     for way in found.ways:
         for path in way.changed[:NAMED]:
             say(f"changed   {way.name}: {printable(path)}")
+    for path, why in list(found.unread.items())[:NAMED]:
+        say(f"unread    {printable(path)}: {why}", style="yellow")
+    if len(found.unread) > NAMED:
+        say(f"          and {len(found.unread) - NAMED} more that not every way reads; they count for none")
     for name, why in found.skipped.items():
         say(f"left out  {name}: {why}", style="yellow")
     for trouble in found.troubles:

@@ -37,8 +37,9 @@ th:first-child, td:first-child, td.text, th.text { text-align: left; white-space
 figure { margin: 0; } figcaption { font-size: .85rem; color: var(--faint); } img { max-width: 100%; height: auto;
   background: #fff; border-radius: 6px; } svg { width: 100%; height: auto; }
 svg text { font: 11px system-ui, sans-serif; fill: var(--faint); } .grid { stroke: var(--line); }
+@media (max-width: 520px) { svg text { font-size: 15px; } }
 .line { fill: none; stroke: var(--c); stroke-width: 1.8; } .dot { fill: var(--c); }
-.key { margin-left: 10px; white-space: nowrap; } .key::before { content: ""; display: inline-block; width: 14px;
+.key { margin-left: 10px; overflow-wrap: anywhere; } .key::before { content: ""; display: inline-block; width: 14px;
   height: 3px; margin-right: 5px; vertical-align: middle; background: var(--c); }
 """ + "".join(f".c{i} {{ --c: var(--c{i}); }}\n" for i in range(chart.COLOURS))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import shlex
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from trainer.run_folder import RunFolder
 
 _LISTED = 20  # files left out that are named
 _ROWS = 60  # classes in a table that is open
+_FACTS = ("digest", "train", "valid", "quarantined", "device", "precision")
 
 Event = dict[str, Any]
 
@@ -48,6 +48,13 @@ def _of_run(folder: RunFolder) -> Iterable[str]:
     finished = next((event for event in reversed(events) if event["event"] == "finished"), None)
     epochs = _once(events, "epoch")
     yield f"<h1>{text(folder.path.name)}</h1>"
+    if run["command"] == "lr-find":
+        yield f'<p class="lead">{_suggested(events)}</p><p class="faint">{_what(run)}</p>{_command(run)}'
+        yield picture(folder.figure("lr_find"), "Range test")
+        yield _data(folder, run)
+        yield _happened(events)
+        yield f"<details><summary>All settings</summary><pre>{_settings(run)}</pre></details>"
+        return
     yield f'<p class="lead">{_result(run, finished, epochs, working(events))}</p>'
     yield f'<p class="faint">{_what(run)}</p>{_command(run)}'
     for sentence in (finished or {}).get("advice", ()):
@@ -63,6 +70,17 @@ def _of_run(folder: RunFolder) -> Iterable[str]:
     yield _happened(events)
     yield _how_to_go_on(folder, run, finished)
     yield f"<details><summary>All settings</summary><pre>{_settings(run)}</pre></details>"
+
+
+def _suggested(events: Sequence[Event]) -> str:
+    """What a range test alone came to."""
+    result = next((event for event in reversed(events) if event["event"] == "range_result"), None)
+    if result is None:
+        return "Not finished: the range test goes on, or was stopped."
+    if result["chosen"] is None:
+        return "The curve of the range test says nothing about the learning rate."
+    others = ", ".join(f"{text(name)} {rate:.2g}" for name, rate in result["suggestions"].items())
+    return f"Suggested learning rate: <b>{result['chosen']:.2g}</b> ({text(result['choice'])}). By method: {others}."
 
 
 def _result(run: Event, finished: Event | None, epochs: Sequence[Event], seconds: float) -> str:
@@ -174,8 +192,8 @@ def _judgement(folder: RunFolder, finished: Event) -> str:
             text(row["path"]),
             text(row["actual"]),
             text(row["predicted"]),
-            f"{row['loss']:.2f}",
-            f"{100 * row['probability']:.0f}%",
+            _number(row["loss"], ".2f"),
+            _number(row["probability"], ".0%"),
         ]
         for row in finished.get("top_losses", ())
     ]
@@ -185,7 +203,11 @@ def _judgement(folder: RunFolder, finished: Event) -> str:
         [
             text(row["name"]),
             f"{row['images']:,}",
-            *("" if row[name] is None else f"{100 * row[name]:.0f}%" for name in ("precision", "recall")),
+            # Without any of a kind there is no share of them.
+            *(
+                f"{row[share]:.0%}" if row[of] else ""
+                for share, of in (("precision", "predicted"), ("recall", "images"))
+            ),
         ]
         for row in finished["per_class"]
     ]
@@ -291,19 +313,17 @@ def _happened(events: Sequence[Event]) -> str:
 
 
 def _how_to_go_on(folder: RunFolder, run: Event, finished: Event | None) -> str:
-    place = html.escape(str(folder.path))
-    if run["command"] == "lr-find":
-        return ""
     if finished is None:
-        name = html.escape(folder.path.name)
+        name = text(shlex.quote(folder.path.name))
         words = f"The same command with <code>--name {name}</code> goes on from its last checkpoint."
         return f"<h2>How to go on</h2><p>{words}</p>"
+    place = shlex.quote(str(folder.path))
     lines = [
         f"onewarp evaluate {place} --data DIR",
         f"onewarp predict {place} DIR --out predictions.csv",
         f"onewarp export {place}",
     ]
-    return f"<h2>How to go on</h2><pre>{chr(10).join(lines)}</pre>"
+    return f"<h2>How to go on</h2><pre>{chr(10).join(map(text, lines))}</pre>"
 
 
 def _settings(run: Event) -> str:
@@ -331,13 +351,15 @@ def _of_runs(folders: Sequence[RunFolder]) -> Iterable[str]:
                 name,
                 "" if finished is None else f"{100 * finished['error_rate']:.1f}%",
                 "" if not best else f"{100 * best['error_rate']:.1f}% (epoch {best['epoch']})",
-                "" if finished is None else f"{finished['valid_loss']:.4f}",
+                "" if finished is None else _number(finished["valid_loss"], ".4f"),
                 "not finished" if finished is None else duration(working(events)),
                 str(runs[name]["world_size"]),
             ]
         )
     yield table(["run", "error", "best", "validation loss", "time", "workers"], rows)
     yield "<h2>Settings that differ</h2>" + _differences({name: flat(run["config"]) for name, run in runs.items()})
+    facts = {name: {key: run.get(key) for key in _FACTS} | run["versions"] for name, run in runs.items()}
+    yield "<h2>Data and versions that differ</h2>" + _differences(facts)
     losses, errors = [], []
     for number, (name, events) in enumerate(told.items()):
         steps, epochs = _once(events, "step"), _once(events, "epoch")
@@ -354,6 +376,10 @@ def _of_runs(folders: Sequence[RunFolder]) -> Iterable[str]:
         )
     curves = chart.lines(losses, x="step", y="training loss") + chart.lines(errors, x="step", y="validation error, %")
     yield f'<h2>Learning</h2><div class="two">{curves}</div>'
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def _differences(configs: Mapping[str, Mapping[str, Any]]) -> str:

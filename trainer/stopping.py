@@ -12,7 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_AGAIN = 0.5  # seconds until a storage that did not take the request is asked again
 
 _asked = threading.Event()
 _leaving = threading.Event()
@@ -30,6 +31,10 @@ class StoppedError(BaseException):
     def exit_code(self) -> int:
         """What shells and schedulers expect of a process that a signal ended."""
         return 128 + self.number
+
+
+class WorkersError(RuntimeError):
+    """The workers ended with an error that is no mistake of the user's."""
 
 
 class LeavingError(Exception):
@@ -100,14 +105,24 @@ def listening(request: Path, grace: float) -> Generator[list[int]]:
         yield caught
         return
 
+    over, writers = threading.Event(), []
+
+    def write(name: str) -> None:
+        while not over.is_set():
+            with suppress(OSError):  # it may be full, or gone
+                request.write_text(name)
+                return
+            over.wait(_AGAIN)
+
     def ask(number: int, frame: FrameType | None) -> None:
         if caught and number == signal.SIGINT:
             raise KeyboardInterrupt
         caught.append(number)
         if len(caught) == 1:
             signal.setitimer(signal.ITIMER_REAL, grace)
-            with suppress(OSError):  # the storage may be gone; then the time is
-                request.write_text(signal.Signals(number).name)
+            # Not here: a storage that does not answer would keep the alarm from being heard.
+            writers.append(threading.Thread(target=write, args=(signal.Signals(number).name,), daemon=True))
+            writers[0].start()
 
     def late(number: int, frame: FrameType | None) -> None:
         message = f"stopped: the workers did not end within {grace:g} seconds; their last checkpoint is what is left"
@@ -115,12 +130,17 @@ def listening(request: Path, grace: float) -> Generator[list[int]]:
 
     with suppress(OSError):
         request.write_bytes(b"")
-    before = {number: signal.signal(number, ask) for number in SIGNALS}
+    # One that is ignored stays so: `nohup` does that with SIGHUP, which comes when a terminal is closed.
+    heard = [each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
+    before = {number: signal.signal(number, ask) for number in heard}
     before[signal.SIGALRM] = signal.signal(signal.SIGALRM, late)
     try:
         yield caught
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        over.set()
+        for writer in writers:  # it must not write when the file is gone
+            writer.join(timeout=1.0)
         for number, handler in before.items():
             signal.signal(number, handler)
         with suppress(OSError):

@@ -33,7 +33,8 @@ class Tracker:
     `mode` "auto" is online where the user is logged in and offline elsewhere (`WANDB_MODE` overrides it).
     Nothing here ends or holds up a run: there is no prompt, connecting is bounded by `INIT_SECONDS` and the
     last upload by `FINISH_SECONDS`, and at the first failure `warnings` gets one sentence and tracking stops.
-    What is missing can be sent later, from the offline folder or from the journal.
+    What is missing can be sent later, from the offline folder or from the journal: a `patient` tracker takes as long as
+    that takes, and sends the weights again (those that are there cost nothing).
 
     After a restart it does not matter whether the events come from the journal's beginning or only the new
     ones: the tracker reads what was before. The id of the wandb run is kept in `<run_folder>/wandb-id`, and an
@@ -51,7 +52,9 @@ class Tracker:
         project: str = "onewarp",
         *,
         warnings: Callable[[str], None],
+        patient: bool = False,
     ) -> None:
+        self._patient = patient
         self._folder = run_folder.absolute()
         self._journal = RunFolder(self._folder).journal
         self._mode = mode
@@ -90,7 +93,11 @@ class Tracker:
             reason = " ".join(str(error).split()) or type(error).__name__
             self._warn(
                 f"Weights & Biases tracking stopped ({reason.rstrip('.')}); "
-                "the run goes on, and its journal has everything."
+                + (
+                    "the same command again sends what is missing."
+                    if self._patient
+                    else "the run goes on, and `onewarp wandb-sync` sends what is missing from its journal."
+                )
             )
 
     def _track(self, event: Mapping[str, Any]) -> None:
@@ -153,7 +160,8 @@ class Tracker:
                 silent=True,
                 console="off",
                 init_timeout=INIT_SECONDS,
-                finish_timeout=FINISH_SECONDS,
+                finish_timeout=0.0 if self._patient else FINISH_SECONDS,
+                finish_timeout_raises=True,  # else nobody hears that something is missing
                 # By default rows may stay 15 s in memory, where the end of a killed run is lost.
                 x_transaction_log_flush_interval=1,
             ),
@@ -209,7 +217,8 @@ class Tracker:
         import wandb
 
         folder = RunFolder(self._folder)
-        if self._run is None or self._place < self._known or not folder.model.exists():
+        known = self._place < self._known and not self._patient
+        if self._run is None or known or not folder.model.exists():
             return
         artifact = wandb.Artifact(f"model-{self._run.id}", type="model")
         for file in (folder.model, folder.best, folder.config):
@@ -261,7 +270,7 @@ def replay(folder: RunFolder, mode: TrackingMode, warnings: Callable[[str], None
         UserError: there is no run.
     """
     events = journal.of_run(folder.journal)
-    tracker = Tracker(folder.path, mode, warnings=warnings)
+    tracker = Tracker(folder.path, mode, warnings=warnings, patient=True)
     for event in itertools.dropwhile(lambda event: event["event"] != "run", events):
         tracker.on(event)
     tracker.close()

@@ -12,7 +12,7 @@ from PIL import Image
 from cluster import cli, help
 from cluster.bench import QUESTIONS
 from trainer import job, journal
-from trainer.stopping import StoppedError
+from trainer.stopping import StoppedError, WorkersError
 
 SCREEN = 45  # lines, of 100 columns
 
@@ -214,3 +214,40 @@ def test_a_look_at_what_is_not_there_is_one_paragraph(onewarp, small_set, tmp_pa
     assert answer in told.stderr
     assert "Traceback" not in told.stderr + told.stdout
     assert len(told.stderr.strip().splitlines()) == 1
+
+
+def test_a_folder_may_be_named_without_a_flag(monkeypatch):
+    asked = []
+    monkeypatch.setattr(cli.bench, "measure", lambda name, flags, prog: asked.append((name, flags)))
+    for words in (["here"], ["here", "--quick"], ["--quick", "."], ["--data", "here"]):
+        cli._act(["doctor", *words])
+    assert asked == [
+        ("bottleneck", ["--data", "here"]),
+        ("bottleneck", ["--data", "here", "--quick"]),
+        ("bottleneck", ["--quick", "--data", "."]),
+        ("bottleneck", ["--data", "here"]),
+    ]
+
+
+def test_train_takes_a_folder_without_a_flag(onewarp):
+    told = onewarp("train", "/nowhere", "--size", 32)
+    assert told.returncode == 2 and "'/nowhere' does not exist" in told.stderr
+
+
+def test_workers_that_fail_too_often_are_told_in_words(monkeypatch, capsys):
+    def fail(_):
+        raise WorkersError("Worker 0 failed: no space left")
+
+    monkeypatch.setattr(cli, "_act", fail)
+    monkeypatch.setattr(sys, "argv", ["onewarp", "train", "--data", "here"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    told = capsys.readouterr().err
+    assert "no space left" in told and "--restarts" in told and "--name goes on from its last checkpoint" in told
+
+
+def test_a_report_of_nothing_is_no_report(onewarp, tmp_path):
+    told = onewarp("report")
+    assert told.returncode == 2 and "onewarp report runs/NAME" in told.stderr
+    assert list(tmp_path.iterdir()) == []

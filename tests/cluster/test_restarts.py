@@ -6,10 +6,10 @@ from ray.exceptions import ActorDiedError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from cluster import leaving
-from cluster.restarts import Failures, WorkersError
+from cluster.restarts import Failures
 from cluster.room import Running
 from pipelines.errors import UserError
-from trainer.stopping import LeavingError
+from trainer.stopping import LeavingError, WorkersError
 
 
 def gone(reason, message="its node has died"):
@@ -71,3 +71,21 @@ def test_what_would_be_met_again_ends_the_training():
     mistake.__cause__ = UserError("--lr is too high.")
     with pytest.raises(UserError, match="--lr is too high"):
         met([{0: mistake, 1: KILLED}], 9)
+
+
+def test_the_last_failure_is_told_too():
+    told = []
+    failures = Failures(told.append, 0, alone=False)
+    with pytest.raises(WorkersError):
+        failures.after_exception(None, {0: RuntimeError("Connection reset")})
+    assert told == ["Worker 0 failed (Connection reset)."]
+
+
+def test_an_epoch_that_ends_renews_the_restarts():
+    failures = Failures(None, 1, alone=False)
+    for _ in range(3):
+        failures.after_exception(None, {0: KILLED})
+        failures.after_report(None, None, None)
+    failures.after_exception(None, {0: KILLED})
+    with pytest.raises(WorkersError):
+        failures.after_exception(None, {0: KILLED})

@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import safetensors.numpy
 import torch
+from PIL import Image
 from rich.console import Console
 
 from pipelines.errors import UserError
@@ -37,7 +38,8 @@ WITHOUT = """
 import sys
 class Missing:
     def find_spec(self, name, *_):
-        if name.split(".")[0] in ("torch", "torchvision", "nvidia", "ray", "timm", "numba"):
+        names = "torch torchvision nvidia ray timm numba matplotlib wandb torchmetrics cv2 pandas scipy sklearn".split()
+        if name.split(".")[0] in names:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Missing())
 from cluster.cli import main
@@ -144,7 +146,9 @@ def test_a_way_whose_library_is_missing_is_named(made, quiet, monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     found = check_export(CheckExportConfig(export=made.folder, limit=3), quiet)
     assert [way.name for way in found.ways] == ["Pillow", "torchvision"] and found.ways[0].images == 3
-    assert found.skipped == {"DALI": "not installed: nvidia.dali", "OpenCV": "not installed: cv2"}
+    assert set(found.skipped) == {"DALI", "OpenCV"}
+    assert found.skipped["DALI"].startswith("not installed: pip install nvidia-dali-cuda130 (")
+    assert found.skipped["OpenCV"].startswith("not installed: pip install opencv-python-headless (")
 
 
 def test_what_does_not_agree_is_told(made, tmp_path, copies, quiet):
@@ -232,3 +236,28 @@ def test_a_package_that_is_missing_is_named(run, made, tmp_path, quiet, monkeypa
         with pytest.raises(UserError, match="pip install onnxruntime"):
             predict(PredictConfig(run=made.folder, data=made.folder / "golden", out=tmp_path / "p.csv"), quiet)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_images_that_not_every_library_reads_are_named_and_count_for_none(made, tmp_path, quiet, small_set):
+    some = sorted((small_set / "valid").rglob("*.jpg"))[:4]
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number, suffix in enumerate((".jpg", ".png", ".bmp", ".tif")):
+        with Image.open(some[number]) as image:
+            image.save(folder / f"{number}{suffix}")
+    found = check_export(CheckExportConfig(export=made.folder, data=folder), quiet)
+    assert set(found.unread) == {"2.bmp", "3.tif"}
+    assert all(why.startswith("torchvision: ") for why in found.unread.values())
+    assert {way.images for way in found.ways} == {2}
+    assert not found.troubles
+
+
+def test_sixteen_bits_are_read_as_the_upper_eight_of_them(made, tmp_path, quiet):
+    cv2 = pytest.importorskip("cv2")
+    levels_HWC = np.random.default_rng(0).integers(0, 65536, (40, 50, 3)).astype(np.uint16)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    cv2.imwrite(str(folder / "deep.png"), cv2.resize(levels_HWC, (200, 160), interpolation=cv2.INTER_CUBIC))
+    found = check_export(CheckExportConfig(export=made.folder, data=folder), quiet)
+    assert not found.unread
+    assert max(way.mean_levels for way in found.ways if way.name in ("torchvision", "Pillow")) < 1.0

@@ -1,6 +1,9 @@
 """The page of a run: it holds what the journal says, and nothing of what a class may be called."""
 
+import html
+import json
 import re
+import shlex
 import shutil
 import subprocess
 
@@ -39,7 +42,8 @@ def write_run(path, *, classes=3, epochs=4, steps=50, finished=True, size=0.0, *
     journal.write("warning", message=f"Worker 1 failed (of {NASTY}).")
     journal.write("run", **begun, resumed_from=steps)
     if finished:
-        rows = [{"name": n, "images": 9, "predicted": 9, "right": 5, "precision": None, "recall": 0.5} for n in names]
+        rows = [{"name": n, "images": 9, "predicted": 9, "right": 5, "precision": 0.6, "recall": 0.5} for n in names]
+        rows[-1] |= {"images": 0, "predicted": 0, "precision": 0.0, "recall": 0.0}
         end = {"error_rate": 61 / 341, "valid_loss": 0.4, "per_class": rows, "most_confused": [[NASTY, "class 1", 7]]}
         best = {"epoch": 2, "error_rate": 0.17, "valid_loss": 0.39}
         journal.write("finished", **end, seconds=411.2, best=best, advice=["It got worse after epoch 2."])
@@ -64,6 +68,49 @@ def test_a_page_says_what_the_journal_does(tmp_path):
     assert page.count("data:image/webp;base64,") == 4
     assert page.count("<svg") == 3 and page.count("1 min 23 s") == 4
     assert f"onewarp evaluate {tmp_path}/shown --data DIR" in page
+
+
+def test_a_class_without_images_has_no_share_of_them(tmp_path):
+    page = report.write(write_run(tmp_path / "shown")).read_text()
+    rows = re.findall(r"<tr><td>(class \d)</td><td>(\d+)</td><td>([^<]*)</td><td>([^<]*)</td></tr>", page)
+    assert rows == [("class 1", "9", "60%", "50%"), ("class 2", "0", "", "")]
+
+
+def test_commands_can_be_copied_where_names_have_spaces(tmp_path):
+    folder = write_run(tmp_path / "my runs" / "it's one")
+    page = report.write(folder).read_text()
+    (line,) = re.findall(r"onewarp export (.*)</pre>", page)
+    assert shlex.split(html.unescape(line)) == [str(folder.path)]
+    unfinished = report.write(write_run(tmp_path / "two words", finished=False)).read_text()
+    assert "<code>--name &#x27;two words&#x27;</code>" in unfinished
+
+
+def test_a_range_test_alone_says_what_it_found(tmp_path):
+    folder = write_run(tmp_path / "rate", epochs=1, finished=False)
+    text = folder.journal.read_text().replace('"command": "train"', '"command": "lr-find"')
+    folder.journal.write_text(text)
+    assert "Not finished: the range test" in report.write(folder).read_text()
+    journal = Journal(folder.journal)
+    found = {"suggestions": {"valley": 2e-3, "slide": 5e-3}, "chosen": 2e-3, "choice": "valley"}
+    journal.write("range_result", **found)
+    page = report.write(folder).read_text()
+    assert "Suggested learning rate: <b>0.002</b> (valley). By method: valley 0.002, slide 0.005." in page
+    assert "Learning</h2>" not in page
+    journal.write("range_result", **found | {"chosen": None})
+    journal.close()
+    assert "says nothing about the learning rate" in report.write(folder).read_text()
+
+
+def test_losses_that_are_no_numbers_are_left_empty(tmp_path):
+    folder = write_run(tmp_path / "shown")
+    text = folder.journal.read_text()
+    row = {"path": "a.jpg", "actual": "x", "predicted": "y", "loss": None, "probability": None}
+    end = json.dumps([row])
+    folder.journal.write_text(
+        text.replace('"valid_loss": 0.4, "per_class"', f'"valid_loss": null, "top_losses": {end}, "per_class"')
+    )
+    assert "<td>a.jpg</td><td>x</td><td>y</td><td></td><td></td>" in report.write(folder).read_text()
+    report.compare([folder, folder], tmp_path / "comparison.html")
 
 
 def test_names_stay_text_and_nothing_comes_from_elsewhere(tmp_path):
@@ -95,6 +142,17 @@ def test_several_runs_are_held_against_each_other(tmp_path):
     page = report.compare(runs, tmp_path / "comparison.html").read_text()
     differences = page.split("Settings that differ")[1].split("Learning")[0]
     assert re.findall(r"<tr><td>(\w+)</td>", differences) == ["lr", "mixup"]
+    assert "Data and versions that differ</h2><p>None." in page
+    text = runs[1].journal.read_text()
+    runs[1].journal.write_text(
+        text.replace('"train": 1000', '"train": 999').replace('"torch": "2.14"', '"torch": "2.15"')
+    )
+    page = report.compare(runs, tmp_path / "comparison.html").read_text()
+    facts = page.split("Data and versions that differ")[1].split("Learning")[0]
+    assert re.findall(r"<tr><td>(\w+)</td><td>([^<]+)</td><td>([^<]+)</td>", facts) == [
+        ("train", "1000", "999"),
+        ("torch", "2.14", "2.15"),
+    ]
     assert page.count("17.9%") == 2 and page.count("<svg") == 2
     twins = [RunFolder(tmp_path / "one"), write_run(tmp_path / "other/one")]
     assert report.compare(twins, tmp_path / "comparison.html").read_text().count("17.9%") == 2
@@ -135,16 +193,43 @@ def test_time_goes_to_whatever_ended_at_each_event():
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to show the page in")
+@pytest.mark.parametrize("scheme", ["dark", "light"])
 @pytest.mark.parametrize("width", [360, 1400])
-def test_a_browser_shows_it_without_a_word(tmp_path, width):
+def test_a_browser_shows_it_without_a_word(tmp_path, width, scheme):
     page = report.write(write_run(tmp_path / "shown", size=0.5))
-    words = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    words += ["--enable-logging=stderr", f"--window-size={width},2000", "--host-resolver-rules=MAP * ~NOTFOUND"]
     shot = tmp_path / "shot.png"
-    done = subprocess.run(
-        [*words, f"--screenshot={shot}", page.as_uri()], capture_output=True, text=True, timeout=120, check=True
-    )
-    assert "CONSOLE" not in done.stderr
+    assert "CONSOLE" not in browsed(page, width, tmp_path, f"--screenshot={shot}", scheme=scheme)
     with Image.open(shot) as picture:
         assert picture.width == width
-        assert len(picture.convert("RGB").getcolors(2**24)) > 100  # not an empty page
+        shown = picture.convert("RGB")
+    assert len(shown.getcolors(2**24)) > 100  # not an empty page
+    assert shown.getpixel((2, 2)) == {"dark": (0x19, 0x19, 0x18), "light": (255, 255, 255)}[scheme]
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to show the page in")
+@pytest.mark.parametrize("width", [360, 1400])
+def test_no_page_is_wider_than_the_screen(tmp_path, width):
+    one = report.write(write_run(tmp_path / "one with a long name that goes on and on and on", size=0.5))
+    several = report.compare([RunFolder(one.parent), write_run(tmp_path / "two", lr=1e-3)], tmp_path / "several.html")
+    for page in (one, several):
+        # A window of a browser is never as narrow as a phone; a frame is.
+        framed = html.escape(page.read_text())
+        frame = f'<iframe style="width:{width}px;height:2000px;border:0" srcdoc="{framed}"></iframe>'
+        measure = "const d = document.querySelector('iframe').contentDocument.documentElement;"
+        measure += "console.log('MEASURED', d.scrollWidth, d.clientWidth)"
+        measuring = page.with_name("measuring.html")
+        measuring.write_text(f"<!doctype html><body>{frame}<script>onload = () => {{ {measure} }}</script>")
+        said = browsed(measuring, 1600, tmp_path, f"--screenshot={tmp_path / 'shot.png'}")
+        (found,) = re.findall(r"MEASURED (\d+) (\d+)", said)
+        assert int(found[0]) <= int(found[1]) <= width
+
+
+def browsed(page, width, tmp_path, *words, scheme="light"):
+    """What a browser says of the page."""
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    flags += ["--enable-logging=stderr", f"--window-size={width},2000", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    flags += [f"--blink-settings=preferredColorScheme={('dark', 'light').index(scheme)}"]
+    done = subprocess.run(
+        ["chromium", *flags, *words, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    return done.stderr
