@@ -22,6 +22,8 @@ clean:
 
 # Some distributions ship venv without pip in it: then the pip outside fills the environment.
 .venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "$(PYTHON) is too old: Python 3.11 or newer is wanted. Name one: make train PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv || ($(PYTHON) -m venv --clear --without-pip .venv && $(PYTHON) -m pip --python $(BIN)/python install pip)
 
 .venv/runtime.stamp: pyproject.toml | .venv/bin/python

@@ -54,7 +54,7 @@ def local(cpus: int) -> Generator[str]:
     if len(temporary) > LONGEST_TEMPORARY:
         temporary = "/tmp"
     with tempfile.TemporaryDirectory(prefix="onewarp-", dir=temporary) as scratch:
-        with _own_handlers():
+        with _own_handlers(), _blocked(signal.SIGHUP):
             ray.init(
                 address="local",
                 num_cpus=cpus,
@@ -139,6 +139,16 @@ def _own_handlers() -> Generator[None]:
                 signal.signal(number, handler)
             elif not main:  # only there may Python's be set
                 libc.sigaction(number, systems[number], None)
+
+
+@contextmanager
+def _blocked(number: signal.Signals) -> Generator[None]:
+    """What is started meanwhile does not hear this signal: SIGHUP, which a closed terminal sends to all, ends it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -26,7 +26,8 @@ from cluster import leaving
 from trainer import stopping
 from trainer.notes import Note
 
-RESIZE = 10.0  # seconds between two looks at whether there is room for more workers
+LOOK = 5.0  # seconds between two looks at whether there is room for more workers
+SURE = 2  # looks in a row that see it: what others use for a moment is none
 SETTLING = 3.0  # seconds until what workers held that have ended is free again
 POLL = 0.2
 WARN_EVERY = 60.0
@@ -96,7 +97,7 @@ class Elastic(ElasticScalingPolicy):
         self._note = note
         self._since: float | None = None  # when workers were needed first
         self._told = -WARN_EVERY
-        self._looked = -RESIZE
+        self._looked, self._seen = -LOOK, 0
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         """What is free or held by the workers that are to be ended, once those before them have let go of theirs."""
@@ -106,7 +107,7 @@ class Elastic(ElasticScalingPolicy):
         there, most = self._room() + self._held(), self.scaling_config.max_workers
         settled = there >= min(most, self._total()) or now - self._since > SETTLING
         if there >= self.scaling_config.min_workers and settled:
-            self._since, self._looked = None, now
+            self._since, self._looked, self._seen = None, now, 0
             return self._sized(min(there, most))
         if now - self._told > WARN_EVERY and now - self._since > 2 * SETTLING and self._note is not None:
             self._told = now
@@ -120,9 +121,11 @@ class Elastic(ElasticScalingPolicy):
         """Ask the workers to leave at a checkpoint, where there is room for more of them."""
         self._maybe_send_resource_request()
         now, most = time.monotonic(), self.scaling_config.max_workers
-        if now - self._looked >= RESIZE and Running.group is not None:
+        if now - self._looked >= LOOK and Running.group is not None:
             self._looked = now
-            if worker_group_state.num_workers < most and self._room() > 0:
+            more = worker_group_state.num_workers < most and self._room() > 0
+            self._seen = self._seen + 1 if more else 0
+            if self._seen == SURE:
                 Running.group.execute_single_async(0, stopping.leave)
         return NoopDecision()
 

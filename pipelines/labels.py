@@ -8,7 +8,7 @@ import os
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -97,16 +97,21 @@ def no_labels(root: Path, name: str | None = None) -> Labelling:
     )
 
 
-def digest_now(root: Path, table: Path | None) -> str:
+def digest_now(root: Path, table: Path | None, known: Mapping[str, Found]) -> str:
     """Changes with the name, size or time of any file that `read_labels` looks at, and with the table.
+
+    Args:
+        known: files that are taken for what they were, whatever has become of them, by path.
 
     Raises:
         UserError: the table cannot be read.
     """
-    if table is None:
-        return walk(root).digest()
-    rows = _read_table(table)
-    return _table_digest(rows, look_up(root, rows)[0])
+    rows = None if table is None else _read_table(table)
+    listing = walk(root) if rows is None else look_up(root, rows)[0]
+    listing.files.update(known)
+    for path in known:
+        listing.rejected.pop(path, None)
+    return listing.digest() if rows is None else _table_digest(rows, listing)
 
 
 def _from_tree(root: Path, pattern: str | None) -> Labelling:

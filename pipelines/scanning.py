@@ -6,7 +6,7 @@ files --> listing --> labels --> firewall --> split --> manifest
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -228,18 +228,48 @@ def scan_to_apply(
     )
 
 
-def is_current(manifest: Manifest) -> bool:
+def is_current(manifest: Manifest, spoiled: Collection[str] = ()) -> bool:
     """Whether a new scan with the same options would see the same files: none opened, all looked at.
 
     False when an image appeared, vanished or has another size or time of modification, the quarantined
     ones and those left alone included, or when the table says something else; or when the store is another.
+
+    Args:
+        spoiled: images that are known to have gone bad since, by path: they do not count.
     """
     try:
         if manifest.store is not None:
             return Store.open(manifest.store).digest == manifest.digest
-        return digest_now(manifest.root, manifest.table) == manifest.digest
+        known = {
+            path: Found(int(size), int(mtime))
+            for path, size, mtime in zip(manifest.paths, manifest.bytes_N, manifest.mtimes_N, strict=True)
+            if path in spoiled
+        }
+        return digest_now(manifest.root, manifest.table, known) == manifest.digest
     except UserError:
         return False
+
+
+def changes(manifest: Manifest) -> list[str]:
+    """What has become of its images since: a sentence for each kind of change, with the first paths."""
+    if manifest.store is not None:
+        return ["the store is another"]
+    gone, altered = [], []
+    for path, size, mtime in zip(manifest.paths, manifest.bytes_N, manifest.mtimes_N, strict=True):
+        try:
+            now = os.stat(os.path.join(manifest.root, path))
+        except OSError:
+            gone.append(path)
+        else:
+            if (now.st_size, now.st_mtime_ns) != (size, mtime):
+                altered.append(path)
+    found = [_some(len(paths), paths, words) for paths, words in ((gone, "gone"), (altered, "altered")) if paths]
+    return found or ["there are new ones, or others were left out then"]
+
+
+def _some(count: int, paths: Sequence[str], words: str) -> str:
+    names = ", ".join(repr(path) for path in paths[:3])
+    return f"{count} {'is' if count == 1 else 'are'} {words} ({names}{', …' if count > 3 else ''})"
 
 
 def _folder(root: str | os.PathLike[str]) -> Path:

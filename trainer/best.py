@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
+
+from pipelines.errors import UserError, first_line
 
 Tensors = dict[str, torch.Tensor]
 """A model's state, as `checkpoint.tensors` gives it."""
@@ -37,20 +40,34 @@ class Best:
         return self.error_rate, math.inf if math.isnan(self.valid_loss) else self.valid_loss
 
 
-def keep(path: Path, tensors: Tensors, best: Best) -> None:
-    """Write the weights, and whose they are, into a file that is there whole or not at all."""
+def keep(path: Path, tensors: Tensors, best: Best | None = None) -> None:
+    """Write the weights, and which epoch's they are if it is the best one's, into a file that is there whole or not.
+
+    Raises:
+        UserError: the storage does not take it.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    safetensors.torch.save_file(tensors, partial, metadata={"best": json.dumps(asdict(best))})
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        metadata = None if best is None else {"best": json.dumps(asdict(best))}
+        safetensors.torch.save_file(tensors, partial, metadata=metadata)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise UserError(
+            f"{path} cannot be written ({first_line(error)}). All that was trained is in the run's checkpoints. Make "
+            "room, and go on with the same command and the run's --name."
+        ) from None
 
 
 def taken_up(path: Path, best: Best | None, tensors: Tensors, at_hand: int | None) -> Best | None:
     """The best so far of a run that goes on from a checkpoint, and its file as it must be.
 
     A checkpoint is written before the file, so what can be missing is the file of the checkpoint's own epoch, whose
-    weights are at hand. None where the file is gone or of another epoch: the search begins anew.
+    weights are at hand. None where the file is gone or of another epoch, or the storage does not take it: the search
+    begins anew.
 
     Args:
         best: what the checkpoint says.
@@ -61,8 +78,10 @@ def taken_up(path: Path, best: Best | None, tensors: Tensors, at_hand: int | Non
         return best
     if best.epoch != at_hand:
         return None
-    keep(path, tensors, best)
-    return best
+    with suppress(UserError):
+        keep(path, tensors, best)
+        return best
+    return None
 
 
 def kept(path: Path) -> Best | None:

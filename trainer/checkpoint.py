@@ -12,16 +12,16 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
 
-from pipelines.errors import first_line
+from pipelines.errors import UserError, first_line
 from trainer.best import Tensors, keep
 from trainer.journal import Journal
 from trainer.loop import Learner
@@ -33,6 +33,10 @@ WARN_EVERY = 60.0  # seconds between complaints about a storage that takes nothi
 WAITING = 3  # checkpoints that a slow storage keeps in memory
 PATIENCE = 5.0  # seconds that a step waits for a slow storage
 CHECKSUMS = "checksums.json"
+READS, READ_AGAIN = 3, 5.0  # how often a storage that fails is asked, and seconds in between
+LOOK = 10  # steps, at least, from one look at the clock to the next
+
+T = TypeVar("T")
 
 
 class Checkpoints:
@@ -45,21 +49,40 @@ class Checkpoints:
         folder: holds the checkpoints; the same on every rank.
         journal: told of each that is written, and of what goes wrong.
         every: global batches from one to the next, between those at the end of each epoch; None: none between them.
+        minutes: most time from one to the next, likewise.
         keep: how many of the newest stay.
     """
 
     def __init__(
-        self, folder: Path, ranks: Ranks, journal: Journal, *, every: int | None = None, keep: int = 2
+        self,
+        folder: Path,
+        ranks: Ranks,
+        journal: Journal,
+        *,
+        every: int | None = None,
+        minutes: float | None = None,
+        keep: int = 2,
     ) -> None:
         self._folder, self._ranks, self._journal, self._every, self._keep = folder, ranks, journal, every, keep
-        self.last = 0  # global batches done at the last checkpoint
+        self._minutes = minutes
+        self._last = 0  # global batches done at the last checkpoint
+        self._looked, self._since = 0, time.monotonic()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: list[Future[None]] = []
         self._warned = -WARN_EVERY
 
     def due(self, done: int) -> bool:
-        """Whether enough global batches have passed since the last checkpoint, the same on every rank."""
-        return self._every is not None and done - self.last >= self._every
+        """Whether enough global batches, or minutes, have passed since the last checkpoint; the same on every rank.
+
+        Every rank asks at the same steps: rank 0's clock is everybody's.
+        """
+        if self._every is not None and done - self._last >= self._every:
+            return True
+        if self._minutes is None or done - self._looked < LOOK:
+            return False
+        self._looked = done
+        over = time.monotonic() - self._since >= 60 * self._minutes
+        return self._ranks.gather([over] if self._ranks.rank == 0 else [])[0]
 
     def save(
         self, learner: Learner, position: Position, done: int, *, best: Path | None = None, needed: bool = True
@@ -73,7 +96,7 @@ class Checkpoints:
             best: a file that takes the judged weights too, once the checkpoint is there (see `best.taken_up`).
             needed: else it is left out where it would have to wait.
         """
-        self.last = done
+        self._last, self._looked, self._since = done, done, time.monotonic()
         files, numbers = snapshot(learner)
         if self._ranks.rank:
             return
@@ -98,25 +121,54 @@ class Checkpoints:
         """Bring the learner to where the newest whole checkpoint stands; None where there is none.
 
         Rank 0 chooses for all. One that is damaged is told of, set aside as `….damaged`, and the one before it serves.
+
+        Raises:
+            UserError: there are some, and none is whole; or the storage does not give what it holds.
         """
         chosen = self._ranks.gather([self._newest()] if self._ranks.rank == 0 else [])[0]
         if chosen is None:
             return None
-        self.last = int(chosen.removeprefix("step-"))
+        self._last = self._looked = int(chosen.removeprefix("step-"))
         return restore(learner, self._folder / chosen)
 
     def _newest(self) -> str | None:
+        damaged: list[tuple[Path, str]] = []
         for found in reversed(_all(self._folder)):
-            damage = damage_of(found)
+            damage = self._patiently(lambda found=found: damage_of(found))
             if damage is None:
+                for each, why in damaged:
+                    self._set_aside(each, why)
                 return found.name
-            aside = found.with_name(f"{found.name}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            found.rename(aside)
-            self._journal.write(
-                "warning", message=f"The checkpoint {found.name} is damaged ({damage}) and is not used; see {aside}."
+            damaged.append((found, damage))
+        if damaged:
+            told = ", ".join(f"{each.name}: {why}" for each, why in damaged)
+            raise UserError(
+                f"All checkpoints in {self._folder} are damaged ({told}). Put back one that is whole, or begin anew "
+                "with --restart, which keeps what is there under another name."
             )
         return None
+
+    def _set_aside(self, damaged: Path, why: str) -> None:
+        aside = damaged.with_name(f"{damaged.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        damaged.rename(aside)
+        self._journal.write(
+            "warning", message=f"The checkpoint {damaged.name} is damaged ({why}) and is not used; see {aside}."
+        )
+
+    def _patiently(self, read: Callable[[], T]) -> T:
+        """What `read` returns; a storage that fails is asked again, as what it holds may be whole."""
+        for last in (*[False] * (READS - 1), True):
+            try:
+                return read()
+            except OSError as error:
+                if last:
+                    raise UserError(
+                        f"{self._folder} cannot be read ({first_line(error)}). When it can, go on with the same "
+                        "command and the run's --name."
+                    ) from None
+            time.sleep(READ_AGAIN)
+        raise AssertionError
 
     def _write(
         self, done: int, files: dict[str, Tensors], numbers: dict[str, Any], position: Position, best: Path | None
@@ -130,25 +182,30 @@ class Checkpoints:
         try:
             for left in self._folder.glob(".*.partial"):  # by a process that was killed while it wrote
                 shutil.rmtree(left)
-            partial.mkdir(parents=True)
-            for name, tensors in files.items():
-                safetensors.torch.save_file(tensors, partial / f"{name}.safetensors")
-            (partial / "state.json").write_text(json.dumps(numbers | {"position": asdict(position)}))
-            checksums = {file.name: _checksum(file) for file in sorted(partial.iterdir())}
-            (partial / CHECKSUMS).write_text(json.dumps(checksums))
-            for path in (*partial.iterdir(), partial):
-                _flush(path)
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
-            _flush(self._folder)
+            if damage_of(target) is not None:  # one of this very step is whole where a stop came right behind it
+                self._fill(partial, files, numbers | {"position": asdict(position)})
+                shutil.rmtree(target, ignore_errors=True)
+                partial.rename(target)
+                _flush(self._folder)
             for old in _all(self._folder)[: -self._keep]:
                 shutil.rmtree(old, ignore_errors=True)
             self._journal.write("checkpoint", step=done, path=f"{self._folder.name}/{target.name}")
             if best is not None and position.best is not None:
                 keep(best, files.get("average", files["model"]), position.best)
-        except (OSError, safetensors.SafetensorError) as error:
+        except (OSError, safetensors.SafetensorError, UserError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             self._warn(f"{self._folder.parent} takes no checkpoint or best weights ({first_line(error)})")
+
+    def _fill(self, partial: Path, files: dict[str, Tensors], numbers: dict[str, Any]) -> None:
+        """A checkpoint's files, on the disk."""
+        partial.mkdir(parents=True)
+        for name, tensors in files.items():
+            safetensors.torch.save_file(tensors, partial / f"{name}.safetensors")
+        (partial / "state.json").write_text(json.dumps(numbers))
+        checksums = {file.name: _checksum(file) for file in sorted(partial.iterdir())}
+        (partial / CHECKSUMS).write_text(json.dumps(checksums))
+        for path in (*partial.iterdir(), partial):
+            _flush(path)
 
     def _warn(self, message: str) -> None:
         if time.monotonic() - self._warned >= WARN_EVERY:
@@ -235,15 +292,19 @@ def restore(learner: Learner, folder: Path) -> Position:
 
 
 def damage_of(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; None where each of its files is as it was written."""
+    """What is wrong with a checkpoint; None where each of its files is as it was written.
+
+    Raises:
+        OSError: the storage does not say.
+    """
     try:
         checksums = json.loads((folder / CHECKSUMS).read_text())
         for name, expected in checksums.items():
-            if not (folder / name).is_file():
-                return f"{name} is missing"
             if _checksum(folder / name) != expected:
                 return f"{name} is not as it was written"
-    except (OSError, ValueError, AttributeError) as error:
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, AttributeError) as error:
         return f"{CHECKSUMS}: {first_line(error)}"
     return None
 

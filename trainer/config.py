@@ -157,8 +157,10 @@ class TrainConfig:
 
     checkpoint_every: int = 100
     """Steps from one checkpoint to the next; another is written after each epoch."""
+    checkpoint_minutes: float | None = None
+    """Minutes from one checkpoint to the next, where that is sooner. Default: steps alone count."""
     restarts: int = 3
-    """How often workers are started again, from the last checkpoint, when one of them dies or fails."""
+    """How often in an epoch workers are started again, from the last checkpoint, when one of them dies or fails."""
     grace: float = 30.0
     """Seconds that workers have to write a checkpoint when Ctrl-C or SIGTERM ends the run."""
     stall: float = 60.0
@@ -290,6 +292,8 @@ class TrainConfig:
             check(self.name is not None or not getattr(self, flag), flag, True, "given with the run's --name")
         check(self.weight_decay >= 0, "weight-decay", self.weight_decay, "0 or more")
         check(self.checkpoint_every >= 1, "checkpoint-every", self.checkpoint_every, "1 step or more")
+        minutes = self.checkpoint_minutes
+        check(minutes is None or minutes > 0, "checkpoint-minutes", minutes, "more than 0")
         if self.workers is not None:
             try:
                 crew = Crew.of(self.workers)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import shlex
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +39,7 @@ class Result:
     error_rate: float
     """Share of validation images misjudged, by the weights that are kept."""
     valid_loss: float
+    """No number where the model says none of some image."""
     most_confused: list[tuple[str, str, int]]
     """(actual, predicted, count), most frequent first, at most five."""
     quarantine: int
@@ -74,7 +76,7 @@ def fine_tune(config: TrainConfig, console: Console | None = None, on_event: OnE
         report.write(folder)
     return Result(
         error_rate=finished["error_rate"],
-        valid_loss=finished["valid_loss"],
+        valid_loss=math.nan if finished["valid_loss"] is None else finished["valid_loss"],
         most_confused=[(a, p, n) for a, p, n in finished["most_confused"]],
         quarantine=len(manifest.quarantine) + sum(event["event"] == "quarantined" for event in events),
         seconds=time.time() - started,
@@ -121,11 +123,13 @@ def _carry_out(
 ) -> tuple[list[dict[str, Any]], RunFolder, Manifest]:
     config, caught, started = resolve_crew(config), [], time.time()
     check_batch(config)
+    made = [] if absolute(config.runs).exists() else [absolute(config.runs)]
     name = config.name or new_name(config.runs, absolute(Path(config.data)))
     config = dataclasses.replace(config, name=name)
     folder = RunFolder(absolute(config.runs) / name)
+    made = [folder.path, *made]
     new, short = not folder.config.exists(), None
-    with Workers(config, goal, folder) as workers, ending():
+    with given_back(made), Workers(config, goal, folder) as workers, ending():
         if new:
             workers.begin_early()
         from trainer.prepare import prepare  # which takes seconds, while they start
@@ -142,6 +146,11 @@ def _carry_out(
                     workers.work()
                 except memory.OutOfMemoryError as error:
                     short = error
+                except Exception:
+                    if goal == "train":
+                        with suppress(UserError):
+                            report.write(folder)  # how far it came, and what happened
+                    raise
                 finally:
                     workers.close()  # before anybody stops to listen, and before what is left is uploaded
     if short is not None:
@@ -161,6 +170,17 @@ def _carry_out(
         number = caught[0] if caught else signal.SIGTERM
         raise StoppedError(f"stopped after step {events[-1]['step']}; {told}", number, run=name)
     return events[begin:], folder, manifest
+
+
+@contextmanager
+def given_back(folders: Sequence[Path]) -> Generator[None]:
+    """Folders that were made for what does not come are gone afterwards; those with something in them stay."""
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            for folder in folders:
+                folder.rmdir()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 import time
@@ -31,9 +32,9 @@ class Journal:
             self._file = path.open("ab", buffering=0)
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one event; numbers, strings, lists and dicts of them."""
+        """Append one event; numbers, strings, lists and dicts of them. What is no number is null: JSON has no NaN."""
         if self._file is not None:
-            line = json.dumps({"event": event, "time": time.time(), **fields}) + "\n"
+            line = json.dumps({"event": event, "time": time.time(), **_sound(fields)}, allow_nan=False) + "\n"
             with self._lock, suppress(OSError):
                 self._kept += line.encode()
                 self._drain(self._file)
@@ -56,6 +57,14 @@ class Journal:
             self._kept = self._kept[file.write(self._kept) :]
 
 
+def _sound(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _sound(each) for key, each in value.items()}
+    return [_sound(each) for each in value] if isinstance(value, list | tuple) else value
+
+
 def _cut_partial_line(path: Path) -> None:
     """A process killed while writing leaves half a line: it is no event, and must not swallow the next one."""
     written = path.read_bytes() if path.exists() else b""
@@ -70,11 +79,24 @@ def whole(path: Path) -> int:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All whole events of a journal, in order; an absent journal has none."""
+    """All whole events of a journal, in order; an absent journal has none.
+
+    Raises:
+        UserError: a line is damaged.
+    """
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is not whole
-    return [json.loads(line) for line in lines if line.strip()]
+    events = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                events.append(json.loads(line))
+            except ValueError:
+                raise UserError(
+                    f"{path}: line {number} is no event of a journal. Take it out to go on with what the others say."
+                ) from None
+    return events
 
 
 def of_run(path: Path) -> list[dict[str, Any]]:
@@ -91,16 +113,16 @@ def of_run(path: Path) -> list[dict[str, Any]]:
 
 def follow(path: Path, stop: threading.Event, poll: float = 0.1, offset: int = 0) -> Iterator[dict[str, Any]]:
     """Events from byte `offset` on as they are written; ends when `stop` is set and the journal is read to its end."""
-    rest = b""
     while True:
         last_look = stop.is_set()
         if path.exists():
             with path.open("rb") as file:
                 file.seek(offset)
                 chunk = file.read()
-            offset += len(chunk)
-            *lines, rest = (rest + chunk).split(b"\n")
-            for line in lines:
+            # Half a line is read again: it is cut off where its writer was killed.
+            lines = chunk[: chunk.rfind(b"\n") + 1]
+            offset += len(lines)
+            for line in lines.split(b"\n"):
                 if line.strip():
                     yield json.loads(line)
         if last_look:

@@ -24,7 +24,7 @@ def note(journal: Path, stalled: Path, message: str) -> None:
     Args:
         stalled: see `watchdog.notes`.
     """
-    if not journal.parent.is_dir():  # the run is not prepared yet
+    if not (journal.parent / "config.json").exists():  # the run is not prepared yet
         return
     record = Journal(journal)
     for rank, stood in watchdog.notes(stalled):

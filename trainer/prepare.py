@@ -14,18 +14,25 @@ from rich.console import Console
 
 from pipelines.errors import UserError
 from pipelines.manifest import Manifest
-from pipelines.scanning import is_current
-from trainer import checkpoint, compiling, compression, memory, models, precision, rehearsal, weights
+from pipelines.scanning import changes, is_current
+from trainer import checkpoint, compiling, compression, journal, memory, models, precision, rehearsal, weights
 from trainer.config import TrainConfig, flat
 from trainer.images import describe, read_images, resolve_data
 from trainer.ranks import Ranks
-from trainer.run_folder import RunFolder, absolute, new_name, write_atomic
+from trainer.run_folder import RunFolder, absolute, write_atomic
 from trainer.starting import check_batch
 
 # Settings that may differ when a run goes on: the images and their order stay the same. (Another number of workers
 # draws other dropout and sees other batch statistics.)
 FREE_TO_CHANGE = {"workers", "address", "threads", "wandb", "runs", "name", "cache", "cache_limit", "cache_keep"}
-FREE_TO_CHANGE |= {"micro_batch", "compile", "channels_last", "grad_compression", "checkpoint_every"}
+FREE_TO_CHANGE |= {
+    "micro_batch",
+    "compile",
+    "channels_last",
+    "grad_compression",
+    "checkpoint_every",
+    "checkpoint_minutes",
+}
 FREE_TO_CHANGE |= {"restarts", "grace", "stall", "on_nan", "resume", "restart"}
 
 
@@ -45,8 +52,8 @@ def prepare(config: TrainConfig, console: Console) -> tuple[RunFolder, Manifest]
         raise UserError(f"--weights {config.weights}: there is no such file.")
     given = config.precision
     data, labels = resolve_data(config, console)
-    name = config.name or new_name(config.runs, data)
-    folder = RunFolder(absolute(config.runs) / name)
+    assert config.name is not None, "chosen by who wants the run"
+    name, folder = config.name, RunFolder(absolute(config.runs) / config.name)
     if config.resume and not folder.config.exists():
         there = sorted(path.parent.name for path in absolute(config.runs).glob("*/config.json"))
         names = f"there are {', '.join(there[:6])}{', …' if len(there) > 6 else ''}" if there else "there is no run"
@@ -75,10 +82,12 @@ def prepare(config: TrainConfig, console: Console) -> tuple[RunFolder, Manifest]
             config = dataclasses.replace(config, precision=folder.read_config().precision)
         _check_same(folder, config)
         manifest = Manifest.read(folder.manifest)
-        if not is_current(manifest):
+        # Those that went bad on the way have their stand-ins.
+        spoiled = {event["path"] for event in journal.read(folder.journal) if event["event"] == "quarantined"}
+        if not is_current(manifest, spoiled):
             raise UserError(
-                f"The images under {data} have changed since the run {name} began. Give another --name to train "
-                f"on them as they are now, or delete {folder.path}."
+                f"The images under {data} have changed since the run {name} began: {'; '.join(changes(manifest))}. "
+                "Put them back as they were to go on, or give another --name to train on them as they are now."
             )
         check_cache(config, manifest)
         write_atomic(folder.config, json.dumps(config.as_dict(), indent=2) + "\n")  # what was free to change

@@ -151,7 +151,13 @@ def slug(name: str) -> str:
 
 
 def new_name(runs: Path, data: Path) -> str:
-    """Data and time, and a number where that is taken."""
+    """Data and time, and a number where that is taken; the folder is made at once, so no other command takes it."""
     base = f"{slug(data.name)}-{time.strftime('%Y%m%d-%H%M%S')}"
-    names = itertools.chain([base], (f"{base}-{i}" for i in itertools.count(2)))
-    return next(name for name in names if not (absolute(runs) / name).exists())
+    for name in itertools.chain([base], (f"{base}-{i}" for i in itertools.count(2))):
+        try:
+            (absolute(runs) / name).mkdir(parents=True)
+        except OSError:  # one that is there is passed over; of any other trouble is told who is to write there
+            if os.path.lexists(absolute(runs) / name):
+                continue
+        return name
+    raise AssertionError

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from trainer.ranks import Ranks
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: trying again may help
-FIRST = 10.0  # times as long for the first step, for which caches fill and compilers work
+FIRST = 10.0  # times as long at first, when caches fill and compilers work
+_AT_FIRST = 2  # beats: a batch comes before any step, of the first rank another, for its picture
 SLOWER = 5.0  # times as long as any step so far
+_FADES = 0.99  # a beat: what was slow once does not count for ever
 _POLL = 0.5  # seconds
 _DUMP = 10.0  # seconds that py-spy has
 _NOTING = 15.0  # seconds for all notes: a storage that stands still takes none
@@ -36,8 +38,8 @@ _SET_PTRACER, _ANYBODY = 0x59616D61, -1  # of prctl(2): where Yama is, no proces
 class Watchdog:
     """Ends this process where nothing happens for `stall` seconds; `beat` says that something does.
 
-    Where steps are slow it waits for `SLOWER` times the slowest. Time in which this process itself was stopped does not
-    count.
+    Where steps are slow it waits for `SLOWER` times the slowest of late. Time in which this process itself was stopped
+    does not count.
 
     Args:
         folder: takes `rank-N.txt`, where each worker stood; the same on every rank.
@@ -49,19 +51,27 @@ class Watchdog:
         self._limit, self._still = FIRST * (stall or 0), 0.0
         self._beats, self._longest = 0, 0.0
         self._closed = threading.Event()
+        if ranks.rank == 0:  # what nobody took note of is of an earlier group
+            shutil.rmtree(folder, ignore_errors=True)
         everyone = ranks.gather([(ranks.rank, socket.gethostname(), os.getpid())])
         self._mates = {rank: pid for rank, host, pid in everyone if host == socket.gethostname() and rank != self._rank}
         if stall is not None:
             ctypes.CDLL(None).prctl(_SET_PTRACER, ctypes.c_ulong(_ANYBODY), 0, 0, 0)
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
-    def beat(self, patience: float = 1.0) -> None:
-        """Something happened; the next time may take `patience` times as long as usual."""
+    def beat(self) -> None:
+        """Something happened."""
         self._beats += 1
-        if self._beats > 2:  # the first batch comes before any step
-            self._longest = max(self._longest, self._still + _POLL)  # it is counted in these
-        patience = FIRST if self._beats == 1 else patience
-        self._still, self._limit = 0.0, max(patience * (self._stall or 0), SLOWER * self._longest)
+        took = self._still + _POLL  # it is counted in these
+        if self._beats > _AT_FIRST + 1:  # what compiles at the first step says nothing of those to come
+            self._longest = max(took, _FADES * self._longest)
+        patience = FIRST if self._beats <= _AT_FIRST else 1.0
+        self._limit = max(patience * (self._stall or 0), SLOWER * max(took, self._longest))
+        self._still = 0.0
+
+    def restart(self) -> None:
+        """Something else begins, which is compiled first."""
+        self._beats, self._still, self._limit = 0, 0.0, FIRST * (self._stall or 0)
 
     def close(self) -> None:
         """Watch no more."""

@@ -12,8 +12,8 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 
 from pipelines.cache import Cache
-from pipelines.errors import UserError
+from pipelines.errors import UserError, first_line
 from pipelines.geometry import Centre
 from pipelines.loader import Batch, Loader
 from pipelines.manifest import Manifest, Quarantined, Samples
@@ -44,7 +44,7 @@ from trainer import (
     worst,
 )
 from trainer.arrival import Arrival
-from trainer.best import Best, kept, taken_up
+from trainer.best import Best, keep, kept, taken_up
 from trainer.config import Goal, TrainConfig
 from trainer.ema import Ema
 from trainer.guard import Guard, RewindError, chance_of, rewound
@@ -59,7 +59,7 @@ from trainer.position import Position
 from trainer.ranks import Ranks, Report
 from trainer.run_folder import RunFolder
 from trainer.version import version
-from trainer.watchdog import FIRST, Watchdog
+from trainer.watchdog import Watchdog
 
 
 def run(
@@ -146,7 +146,7 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, arrival: Arrival 
         "half": numbers.half_images,
         "quality": config.quality,
         "cache": cache,
-        "on_batch": partial(watchdog.beat, FIRST if config.compile else 1.0),
+        "on_batch": watchdog.beat,
     }
     weights_N = balanced(train_samples.labels_N) if config.sampling == "balanced" else None
     train_at = partial(
@@ -185,7 +185,9 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, arrival: Arrival 
         compression=config.grad_compression,
         compile=config.compile,
     )
-    checkpoints = checkpoint.Checkpoints(folder.checkpoints, ranks, journal, every=config.checkpoint_every)
+    checkpoints = checkpoint.Checkpoints(
+        folder.checkpoints, ranks, journal, every=config.checkpoint_every, minutes=config.checkpoint_minutes
+    )
     closing.callback(checkpoints.wait)
     resumed = checkpoints.load(learner) if goal == "train" else None
     journal.write(
@@ -214,7 +216,8 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, arrival: Arrival 
         arrival=arrival and asdict(arrival),
     )
     if lead and not resumed and not folder.figure("show_batch").exists():
-        show_batch(folder, train, manifest.classes)
+        with spared(journal, folder.figure("show_batch")):
+            show_batch(folder, train, manifest.classes)
 
     # Learning rate
     base_lr = resumed.base_lr if resumed else config.lr
@@ -244,9 +247,8 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, arrival: Arrival 
             journal.write("warning", message=f"The range test's curve {lacks}{instead}.")
         journal.write("range_result", suggestions=curve.suggestions, chosen=found, choice=choice)
         if lead:
-            figures.plot_lr_find(
-                folder.figure("lr_find"), curve.lrs, curve.losses, curve.smoothed, curve.suggestions, found
-            )
+            with spared(journal, file := folder.figure("lr_find")):
+                figures.plot_lr_find(file, curve.lrs, curve.losses, curve.smoothed, curve.suggestions, found)
     if goal == "lr-find":
         return
 
@@ -289,6 +291,8 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, arrival: Arrival 
             clock = time.perf_counter()
             if train.size != sizes[epoch]:
                 train = train_at(size=sizes[epoch])
+            if config.compile:
+                watchdog.restart()
             start = position
             steps = train_epoch(
                 learner, train, phase, start, seed=config.seed, journal=journal, asked=asked, guard=guard
@@ -299,12 +303,13 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, arrival: Arrival 
                     checkpoints.save(learner, position, done, needed=False)
             if position.step < train.steps:
                 watchdog.close()
-                if checkpoints.last < done:
-                    checkpoints.save(learner, position, done)
+                checkpoints.save(learner, position, done)  # one that was due may have been left out
                 checkpoints.wait()
                 stop(done)
                 return
             speed = config.global_batch * (train.steps - start.step) / (time.perf_counter() - clock)
+            if config.compile:
+                watchdog.restart()
             judgement = evaluate.judge(learner, valid)
             measured = judgement.metrics(manifest.classes)
             metrics = {
@@ -336,7 +341,8 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, arrival: Arrival 
                     lost[spoiled.id] = Quarantined(path=spoiled.path, reason=spoiled.reason)
                     journal.write("quarantined", epoch=epoch, **asdict(spoiled))
             if lead and lost:
-                folder.write_quarantine([*manifest.quarantine, *lost.values()])
+                with spared(journal, folder.quarantine):
+                    folder.write_quarantine([*manifest.quarantine, *lost.values()])
             report(metrics)
 
     # Judgement and files
@@ -345,11 +351,12 @@ def _run(path: Path, goal: Goal, ranks: Ranks, report: Report, arrival: Arrival 
     watchdog.close()
     if lead:
         confusion_CC = confusion_matrix(judgement.labels_N, judgement.predicted_N, manifest.classes)
-        figures.plot_confusion(folder.figure("confusion"), confusion_CC, manifest.classes)
         pairs = most_confused(confusion_CC, manifest.classes)[: worst.PAIRS]
-        worst.draw_losses(folder.figure("top_losses"), valid, judgement, manifest.classes)
-        worst.draw_confused(folder.figure("confused"), valid, judgement, manifest.classes, pairs)
-        safetensors.torch.save_file(checkpoint.tensors(learner.judged), folder.model)
+        with spared(journal, folder.figure("confusion")):
+            figures.plot_confusion(folder.figure("confusion"), confusion_CC, manifest.classes)
+            worst.draw_losses(folder.figure("top_losses"), valid, judgement, manifest.classes)
+            worst.draw_confused(folder.figure("confused"), valid, judgement, manifest.classes, pairs)
+        keep(folder.model, checkpoint.tensors(learner.judged))
         checkpoints.wait()
         if kept(folder.best) != best:
             message = f"The storage did not take the weights of epoch {best and best.epoch}, which was the best."
@@ -401,6 +408,15 @@ def loss_of(config: TrainConfig, samples: Samples, device: torch.device) -> loss
     return losses.named(
         config.loss, focal_gamma=config.focal_gamma, smoothing=config.label_smoothing, weights_C=weights_C
     )
+
+
+@contextmanager
+def spared(journal: Journal, file: Path) -> Generator[None]:
+    """What the run can do without: where the storage does not take it, there is a warning."""
+    try:
+        yield
+    except OSError as error:
+        journal.write("warning", message=f"{file.name} cannot be written ({first_line(error)}).")
 
 
 def endless(loader: Loader) -> Iterator[Batch]:

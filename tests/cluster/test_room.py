@@ -91,13 +91,22 @@ def test_for_more_room_workers_are_asked_to_leave_and_never_ended(cluster, monke
     monkeypatch.setattr(room.Running, "group", group)
     cluster.used = {"a": 1, "b": 1, "c": 1}
     assert isinstance(cluster.go_on(2), NoopDecision) and asked == []
-    cluster.now += room.RESIZE
-    cluster.used = {"a": 1, "b": 1}  # a third machine is free
-    assert isinstance(cluster.go_on(2), NoopDecision)
+
+    def looks(workers, count):
+        for _ in range(count):
+            cluster.now += room.LOOK
+            assert isinstance(cluster.go_on(workers), NoopDecision)
+
+    for used in ({"a": 1, "b": 1}, {"a": 1, "b": 1, "c": 1}, {"a": 1, "b": 1}):  # a third machine is free now and then
+        cluster.used = used
+        looks(2, 1)
+        assert asked == []
+    looks(2, 1)
     assert asked == [(0, stopping.leave)]
-    assert isinstance(cluster.go_on(2), NoopDecision) and len(asked) == 1  # not at each look
-    cluster.now += room.RESIZE
-    assert isinstance(cluster.go_on(3), NoopDecision) and len(asked) == 1  # there are the most that may be
+    looks(2, 5)
+    assert len(asked) == 1  # not at each look
+    looks(3, 5)
+    assert len(asked) == 1  # there are the most that may be
     cluster.leaves = {"c"}
-    cluster.now += room.RESIZE
-    assert isinstance(cluster.go_on(2), NoopDecision) and len(asked) == 1
+    looks(2, 5)
+    assert len(asked) == 1

@@ -57,7 +57,7 @@ def undisturbed(small_set, tmp_path_factory):
     """The weights of the same run on two processes without Ray, which nothing happens to."""
     settings = {"model": "test_convnext", "head": "plain", "pretrained": False, "size": 48, "batch": 8, "lr": 1e-3}
     settings |= {"epochs": EPOCHS, "data": str(small_set), "runs": tmp_path_factory.mktemp("runs"), "workers": 2}
-    folder, _ = prepare(TrainConfig(**settings), Console(file=io.StringIO()))
+    folder, _ = prepare(TrainConfig(**settings, name="run"), Console(file=io.StringIO()))
     on_ranks(2, train, folder.path)
     return weights(folder.path)
 

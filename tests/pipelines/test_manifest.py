@@ -14,7 +14,7 @@ from PIL import Image
 from pipelines.errors import UserError
 from pipelines.labels import Csv, Regex
 from pipelines.manifest import Manifest
-from pipelines.scanning import is_current, scan
+from pipelines.scanning import changes, is_current, scan
 from tests.hostile import make_hostile_folder
 
 ODD_NAME = os.fsdecode(b"caf\xe9 \"a\" 'b'\n1.jpg")
@@ -404,6 +404,23 @@ def test_is_current_until_a_file_changes(ten, tmp_path, change):
     assert is_current(Manifest.read(tmp_path / "m"))
     change(ten)
     assert not is_current(Manifest.read(tmp_path / "m"))
+
+
+def test_what_went_bad_meanwhile_does_not_count_and_what_changed_is_named(ten):
+    manifest = scan(ten)
+    (ten / "cat/1.jpg").unlink()
+    touch(ten / "dog/1.jpg")
+    assert not is_current(manifest, {"cat/1.jpg"})
+    assert is_current(manifest, {"cat/1.jpg", "dog/1.jpg"})
+    assert changes(manifest) == ["1 is gone ('cat/1.jpg')", "1 is altered ('dog/1.jpg')"]
+    (ten / "cat/1.jpg").mkdir()  # no readable file
+    assert is_current(manifest, {"cat/1.jpg", "dog/1.jpg"})
+    put(ten, "cat/new.jpg")
+    assert not is_current(manifest, {"cat/1.jpg", "dog/1.jpg"})
+    for path in (ten / "dog").iterdir():
+        touch(path)
+    assert changes(manifest) == ["6 are altered ('cat/1.jpg', 'dog/0.jpg', 'dog/1.jpg', …)"]
+    assert changes(scan(ten)) == ["there are new ones, or others were left out then"]
 
 
 def test_is_current_until_the_table_changes(ten):

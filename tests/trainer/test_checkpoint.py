@@ -1,8 +1,11 @@
 """Stopped anywhere, a run goes on from its last whole checkpoint to the same weights, to the bit."""
 
+import errno
 import os
+import shutil
 import signal
 from functools import partial
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -10,10 +13,12 @@ import safetensors.torch
 import torch
 from torch.multiprocessing import ProcessExitedException
 
+from pipelines.errors import UserError
 from tests.ranks import on_ranks
-from trainer import loop, stopping
-from trainer.checkpoint import damage_of
-from trainer.journal import read
+from trainer import checkpoint, loop, stopping
+from trainer.checkpoint import Checkpoints, damage_of
+from trainer.journal import Journal, read
+from trainer.position import Position
 from trainer.ranks import Ranks
 from trainer.run_folder import RunFolder
 from trainer.worker import run
@@ -205,3 +210,91 @@ def test_what_a_killed_writer_left_is_cleaned_up_and_never_read(prepared):
     run(path, "train", Ranks())
     assert sorted(p.name for p in (path / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
     assert events(path, "run")[0]["resumed_from"] is None
+
+
+def test_a_storage_that_fails_for_a_moment_costs_no_checkpoint(prepared, whole, copies, monkeypatch):
+    stopped = copies(whole[0], "hiccup")
+    newest = max((stopped / "checkpoints").iterdir()).name
+    monkeypatch.setattr(checkpoint, "READ_AGAIN", 0.0)
+    failing = iter([OSError(errno.ESTALE, "Stale file handle")] * 2)
+    checksum = checkpoint._checksum
+
+    def fail_twice(file):
+        for error in failing:
+            raise error
+        return checksum(file)
+
+    monkeypatch.setattr(checkpoint, "_checksum", fail_twice)
+    run(stopped, "train", Ranks())
+    assert events(stopped, "run")[-1]["resumed_from"] == int(newest.removeprefix("step-"))
+    assert not events(stopped, "warning")
+
+
+def test_a_storage_that_fails_for_good_is_told_and_nothing_is_set_aside(whole, copies, monkeypatch):
+    stopped = copies(whole[0], "gone")
+    before = sorted((stopped / "checkpoints").iterdir())
+    monkeypatch.setattr(checkpoint, "READ_AGAIN", 0.0)
+    monkeypatch.setattr(checkpoint, "_checksum", mock.Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(UserError, match="checkpoints cannot be read .*Input/output error.* --name"):
+        run(stopped, "train", Ranks())
+    assert sorted((stopped / "checkpoints").iterdir()) == before
+
+
+def test_where_no_checkpoint_is_whole_nothing_begins_at_the_beginning(whole, copies):
+    stopped = copies(whole[0], "all damaged")
+    for folder in (stopped / "checkpoints").iterdir():
+        (folder / "state.json").write_text("{}")
+    for _ in range(2):
+        with pytest.raises(UserError, match="All checkpoints in .* are damaged .*state.json.*--restart"):
+            run(stopped, "train", Ranks())
+
+
+def test_a_stop_right_behind_a_checkpoint_leaves_it_as_it_is(prepared, tmp_path):
+    path = prepared("run", **RUN)
+    with pytest.raises(StoppedError):
+        train_until(Ranks(), path, 2 * STEPS)
+    newest = max((path / "checkpoints").iterdir())
+    before = (newest / "state.json").stat().st_mtime_ns
+    learner, position = mock.Mock(), Position(epoch=1, base_lr=1e-3)
+    written = Checkpoints(path / "checkpoints", Ranks(), Journal(path / "journal.jsonl"))
+    with mock.patch.object(checkpoint, "snapshot", return_value=({"model": {}}, {})):
+        written.save(learner, position, int(newest.name.removeprefix("step-")))
+        written.wait()
+    assert (newest / "state.json").stat().st_mtime_ns == before and damage_of(newest) is None
+
+
+def test_checkpoints_may_come_by_the_clock(tmp_path, monkeypatch):
+    now = iter([0.0, 59.0, 61.0, 61.0, 61.0])
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: next(now))
+    written = Checkpoints(tmp_path, Ranks(), Journal(None), minutes=1)
+    assert not written.due(9)  # it has not looked
+    assert not written.due(10)
+    assert not written.due(15)
+    assert written.due(20)
+
+
+def due_by_rank_0s_clock(ranks, minutes):
+    written = Checkpoints(Path(), ranks, Journal(None), minutes=minutes if ranks.rank == 0 else 1000.0)
+    assert written.due(checkpoint.LOOK) == (minutes < 1)
+
+
+def test_the_clock_of_rank_0_is_everybodys():
+    for minutes in (1e-9, 1000.0):
+        on_ranks(2, due_by_rank_0s_clock, minutes)
+
+
+@pytest.mark.parametrize("name", ["confusion.png", "show_batch.png", "model.safetensors"])
+def test_what_a_storage_does_not_take_at_the_end_costs_no_training(prepared, name):
+    path = prepared("run", **RUN | {"epochs": 1, "freeze_epochs": 0})
+    (path / name / "in the way").mkdir(parents=True)
+    if name == "model.safetensors":
+        with pytest.raises(UserError, match="model.safetensors cannot be written.* --name"):
+            run(path, "train", Ranks())
+        shutil.rmtree(path / name)
+        run(path, "train", Ranks())  # the same command: all epochs are done
+        assert len(events(path, "epoch")) == 1
+    else:
+        run(path, "train", Ranks())
+        told = [event["message"] for event in events(path, "warning")]
+        assert any(f"{name} cannot be written" in message for message in told) or name == "show_batch.png"
+    assert events(path, "finished")

@@ -70,6 +70,36 @@ def test_follow_sees_events_as_they_come_and_all_of_them(tmp_path):
     assert [event["step"] for event in seen] == list(range(500))
 
 
+def test_follow_goes_on_behind_half_a_line_that_was_cut_off(tmp_path):
+    path, stop = tmp_path / "j.jsonl", threading.Event()
+    path.write_text('{"event": "step", "step": 0}\n{"event": "st')
+    following = follow(path, stop, poll=0.005)
+    assert next(following)["step"] == 0
+    journal = Journal(path)  # which cuts it
+    journal.write("step", step=1)
+    journal.write("step", step=2)
+    journal.close()
+    assert next(following)["step"] == 1
+    stop.set()
+    assert [event["step"] for event in following] == [2]
+
+
+def test_what_is_no_number_is_null_as_json_has_none(tmp_path):
+    journal = Journal(tmp_path / "j.jsonl")
+    journal.write("epoch", valid_loss=float("nan"), rows=[{"loss": float("inf")}], errors=(1.5, float("-inf")))
+    journal.close()
+    assert "NaN" not in (text := (tmp_path / "j.jsonl").read_text()) and "Infinity" not in text
+    (event,) = read(tmp_path / "j.jsonl")
+    assert (event["valid_loss"], event["rows"], event["errors"]) == (None, [{"loss": None}], [1.5, None])
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    path = tmp_path / "j.jsonl"
+    path.write_text('{"event": "run"}\n{"event": \x00\x00\n{"event": "step"}\n')
+    with pytest.raises(UserError, match="j.jsonl: line 2 is no event"):
+        read(path)
+
+
 def test_other_ranks_write_nothing(tmp_path):
     Journal(None).write("step", loss=1)
     assert list(tmp_path.iterdir()) == []

@@ -24,8 +24,8 @@ def lost_in_thought():
     time.sleep(60)
 
 watchdog = Watchdog(Path(sys.argv[1]), Ranks(), 1.0)
-watchdog.beat()
-watchdog.beat()
+for _ in range(3):
+    watchdog.beat()
 print("ready", flush=True)
 lost_in_thought()
 """
@@ -74,7 +74,7 @@ def test_it_ends_and_notes_where_it_stood(still, tmp_path):
 
 def test_one_that_was_stopped_is_seen_from_outside_and_goes_on_afterwards(still, tmp_path):
     os.kill(still.pid, signal.SIGSTOP)
-    time.sleep(2)  # longer than it may stand still; but it does not count as long as it cannot help it
+    time.sleep(4)  # longer than it may stand still; but it does not count as long as it cannot help it
     assert "T (stopped)" in state(still.pid)
     assert "lost_in_thought" in stacks(still.pid)
     assert still.poll() is None
@@ -99,3 +99,48 @@ def test_a_process_that_is_gone():
     gone.wait()
     assert state(gone.pid) == f"process {gone.pid}: gone"
     assert stacks(gone.pid).startswith("its stacks cannot be read")
+
+
+def limits(tmp_path, seconds, stall=60.0):
+    """What it would wait for each of these times between two beats."""
+    watchdog = Watchdog(tmp_path, Ranks(), stall)
+    found = []
+    for took in seconds:
+        found.append(watchdog._limit)
+        watchdog._still = took
+        watchdog.beat()
+    watchdog.close()
+    return found
+
+
+@pytest.mark.parametrize("before", [[5], [5, 3]], ids=["goes on", "draws a picture first"])
+def test_steps_that_are_all_slower_than_the_limit_are_waited_for(tmp_path, before):
+    seconds = [*before, *[70.0] * 5]
+    assert all(took < limit for took, limit in zip(seconds, limits(tmp_path, seconds), strict=True))
+
+
+def test_what_was_slow_once_is_forgotten_and_what_compiles_at_first_says_nothing(tmp_path):
+    *_, soon = limits(tmp_path, [1.0, 1.0, 400.0, *[1.0] * 3])
+    assert soon == 60
+    *_, after, later = limits(tmp_path, [*[1.0] * 5, 59.0, 1.0])
+    assert after == 60 and later == pytest.approx(5 * 59.5)
+    *_, at_last = limits(tmp_path, [*[1.0] * 5, 59.0, *[1.0] * 400])
+    assert at_last == 60
+
+
+def test_what_begins_anew_may_compile(tmp_path):
+    watchdog = Watchdog(tmp_path, Ranks(), 60.0)
+    for _ in range(9):
+        watchdog.beat()
+    assert watchdog._limit == 60
+    watchdog.restart()
+    assert watchdog._limit == 600
+    watchdog.close()
+
+
+def test_what_an_earlier_group_noted_is_not_taken_for_its_own(tmp_path):
+    folder = tmp_path / "stalled"
+    folder.mkdir()
+    (folder / "rank-1.txt").write_text("long ago")
+    Watchdog(folder, Ranks(), None)
+    assert list(notes(folder)) == []
