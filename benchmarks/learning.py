@@ -137,7 +137,7 @@ class Training:
         epoch = next(self._epochs)
         batches: Any = self._loader if loaded else self._held
         start, journal = Position(epoch=epoch, base_lr=_RATE), Journal(self._folder / f"{epoch}.jsonl")
-        learning = train_epoch(self._learner, batches, self._phase, start, seed=0, journal=journal)
+        learning: Any = train_epoch(self._learner, batches, self._phase, start, seed=0, journal=journal)
         now, began, first, step = 0.0, 0.0, 0, 0
         with closing(learning):
             for position in learning:
