@@ -115,6 +115,8 @@ def test_signals_end_a_run_at_a_checkpoint_and_nothing_is_lost(small_set, tmp_pa
     with training(small_set, tmp_path, temporary) as process:
         finish(process)
     resumed = [event["resumed_from"] for event in events(run, "run")]
-    assert resumed[1:3] == [event["step"] for event in events(run, "stopped")]
+    stopped = [event["step"] for event in events(run, "stopped")]
+    # Workers that stood still may go on when Ray has let go of them: then they leave a checkpoint, too.
+    assert 2 <= len(stopped) <= 3 and resumed[1 : 1 + len(stopped)] == stopped
     assert sorted(resumed[2:]) == resumed[2:]
     assert whole(events(run, "step"), STEPS) and equal(weights(run), undisturbed)
