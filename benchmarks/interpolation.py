@@ -28,7 +28,7 @@ from PIL import Image
 from benchmarks import chained, oracle, portrayed
 from benchmarks.chained import once
 from benchmarks.data import open_data
-from benchmarks.megapixels import mosaic
+from benchmarks.megapixels import mosaic, shape
 from benchmarks.record import Figure, Options, Record
 from pipelines import Augment, Loader, Samples, scan
 from pipelines.decode import decoded
@@ -177,8 +177,7 @@ def _whole_crop(crop_33: np.ndarray) -> tuple[tuple[int, int], int]:
 @contextmanager
 def enlarged(samples: Samples, count: int, megapixels: float, seed: int) -> Generator[Samples]:
     """`count` pictures of `megapixels`, 4:3, laid out of photographs; they are gone afterwards."""
-    height = round((megapixels * 1e6 * 3 / 4) ** 0.5)
-    width = round(height * 4 / 3)
+    height, width = shape(megapixels)
     rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory(prefix="onewarp-pixels-") as folder:
         for number in range(count + 2):  # scan wants validation images of both classes

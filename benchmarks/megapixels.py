@@ -19,10 +19,15 @@ _QUALITY = 90
 _CELLS = 60  # photographs of which one mosaic is laid out, at most
 
 
+def shape(megapixels: float) -> tuple[int, int]:
+    """Height and width of a picture of so many pixels, 4:3."""
+    height = round((megapixels * 1e6 * 3 / 4) ** 0.5)
+    return height, round(height * 4 / 3)
+
+
 def at(megapixels: float, samples: Samples, count: int, folder: Path) -> Samples:
     """`count` JPEGs of so many pixels, 4:3, made of the samples and written to `folder`; two classes, as scans want."""
-    height = max(2, round((megapixels * 1e6 * 3 / 4) ** 0.5))
-    width = round(height * 4 / 3)
+    height, width = shape(megapixels)
     paths = [Path(samples.root, path) for path in samples.paths]
     for i in range(count):
         turned = paths[i:] + paths[:i]

@@ -156,7 +156,7 @@ class Measured:
 def measure(options: ScalingOptions, samples: Samples, share: int, ranks: Ranks, folder: Path) -> Measured:
     """Each kind of step, in turn; then all-reduces."""
     one, n, steps = Ranks(local_rank=ranks.local_rank), ranks.world_size, options.steps
-    few = max(2, share // _FEW)
+    few = _few(share)
 
     def training(name: str, batch: int, among: Ranks) -> Training:
         setting = Setting(samples=samples, model=options.model, size=options.size, batch=batch, head="plain")
@@ -186,6 +186,10 @@ def measure(options: ScalingOptions, samples: Samples, share: int, ranks: Ranks,
             own = turns[name]() if name in turns else 0.0
             took[name].append(max(ranks.gather([own])))
     return Measured(**took, gradient=joined.gradient, reduced=dict(_reduced(ranks)))
+
+
+def _few(share: int) -> int:
+    return max(2, share // _FEW)
 
 
 def _step(training: Training, *, steps: int, loaded: bool) -> float:
@@ -273,7 +277,7 @@ def main(options: ScalingOptions) -> Record:
 def held_against(there: Measured, ring: Ring, count: int, share: int, *, shared: bool) -> Iterator[Figure]:
     """What was measured on `count` ranks of `share` images each, and what the model says of it."""
     exposed = ring.seconds(there.gradient, count)
-    few = max(2, share // _FEW)
+    few = _few(share)
     yield Figure(row=f"1 rank, {count * share} images", column=MEASURED, samples=there.whole)
     yield Figure(row=f"1 rank, {share} images", column=MEASURED, samples=there.alone)
     for row, apart, load, joined in (

@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -158,17 +159,17 @@ class Checkpoints:
 
     def _patiently(self, read: Callable[[], T]) -> T:
         """What `read` returns; a storage that fails is asked again, as what it holds may be whole."""
-        for last in (*[False] * (READS - 1), True):
-            try:
+        for _ in range(READS - 1):
+            with suppress(OSError):
                 return read()
-            except OSError as error:
-                if last:
-                    raise UserError(
-                        f"{self._folder} cannot be read ({first_line(error)}). When it can, go on with the same "
-                        "command and the run's --name."
-                    ) from None
             time.sleep(READ_AGAIN)
-        raise AssertionError
+        try:
+            return read()
+        except OSError as error:
+            raise UserError(
+                f"{self._folder} cannot be read ({first_line(error)}). When it can, go on with the same command and "
+                "the run's --name."
+            ) from None
 
     def _write(
         self, done: int, files: dict[str, Tensors], numbers: dict[str, Any], position: Position, best: Path | None

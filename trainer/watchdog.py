@@ -48,8 +48,8 @@ class Watchdog:
 
     def __init__(self, folder: Path, ranks: Ranks, stall: float | None) -> None:
         self._folder, self._rank, self._stall = folder, ranks.rank, stall
-        self._limit, self._still = FIRST * (stall or 0), 0.0
-        self._beats, self._longest = 0, 0.0
+        self._longest = 0.0
+        self.restart()
         self._closed = threading.Event()
         if ranks.rank == 0:  # what nobody took note of is of an earlier group
             shutil.rmtree(folder, ignore_errors=True)
